@@ -1,0 +1,186 @@
+"""preference: the objectives on pre-noised pairs, the two lines of a preference-training loop that this library is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import bad, check_like, check_pairs, check_tensor
+from .loss import NoiseConditionedPerceptualLoss
+from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, sft_loss
+
+
+def ncp_dpo_loss(
+    ncp: NoiseConditionedPerceptualLoss,
+    model_pred: Tensor,
+    target: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    *,
+    ref_pred: Tensor | None = None,
+    ref_error: Tensor | None = None,
+    beta: float = 2500.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    variance_noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> PreferenceOutput:
+    r"""NCP-DPO (paper, eq. 18): direct preference optimisation on perceptual errors.
+
+    ``-log sigmoid(-beta [(PLw - PLw_ref) - (PLl - PLl_ref)])`` with PL the error of
+    :class:`NoiseConditionedPerceptualLoss` on winners (w) and losers (l).
+
+    The batch holds B winners, then their B losers: 2B rows in every tensor. Timesteps, noise and ``variance_noise``
+    are the same for both members of a pair.
+
+    Args:
+        ncp: the loss.
+        model_pred, target, noisy_latents: (2B, C, H, W), as in :meth:`NoiseConditionedPerceptualLoss.errors`.
+        timesteps: 0-dim or (2B,).
+        encoder_hidden_states: the text condition, (2B, L, D).
+        ref_pred: the reference model's prediction, (2B, C, H, W); or else
+        ref_error: its error, computed earlier at the same noise and timesteps, (2B,).
+        beta: multiplies the margin of mean errors, once. The errors' scale depends on model, layer and timestep: watch
+            ``metrics["rewards/margins"]``, which should reach order one.
+        loss_type, label_smoothing, reduction: as in :func:`dpo_loss`.
+        variance_noise, generator, **model_kwargs: as in :meth:`NoiseConditionedPerceptualLoss.errors`.
+
+    Returns:
+        The loss and metrics: ``loss, raw_model_loss, ref_loss, implicit_acc, rewards/chosen, rewards/rejected,
+        rewards/margins, rewards/accuracies``, with ``rewards/* = beta * (ref_error - error)``.
+
+    Raises:
+        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error``, an odd batch, pairs that differ in
+            what they must share (where their values can be read for free), or another bad argument.
+    """
+    if (ref_pred is None) == (ref_error is None):
+        raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
+    error, from_pred = _pair_errors(
+        ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states, ref_pred, variance_noise, generator, model_kwargs
+    )
+    ref = from_pred if ref_error is None else ref_error
+    assert ref is not None
+    check_like("ref_error", ref, "the model's errors", error)
+    chosen, rejected = error.chunk(2)
+    ref_chosen, ref_rejected = ref.detach().chunk(2)
+    options = {"loss_type": loss_type, "label_smoothing": label_smoothing, "reduction": reduction}
+    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **options)  # type: ignore[arg-type]
+    return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta))
+
+
+def ncp_cpo_loss(
+    ncp: NoiseConditionedPerceptualLoss,
+    model_pred: Tensor,
+    target: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    *,
+    beta: float = 2500.0,
+    sft_weight: float = 1.0,
+    reduction: str = "mean",
+    variance_noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> PreferenceOutput:
+    r"""NCP-CPO (paper, eq. 19): no reference model.
+
+    ``-log sigmoid(-beta (PLw - PLl)) + sft_weight * PLw``; the batch is laid out as in :func:`ncp_dpo_loss`.
+
+    Args:
+        ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states: as in :func:`ncp_dpo_loss`.
+        beta, sft_weight, reduction: as in :func:`cpo_loss`.
+        variance_noise, generator, **model_kwargs: as in :meth:`NoiseConditionedPerceptualLoss.errors`.
+
+    Returns:
+        The loss and metrics, as of :func:`ncp_dpo_loss` without ``ref_loss``; ``rewards/* = -beta * error``.
+
+    Raises:
+        ValueError, TypeError: an odd batch, or another bad argument.
+    """
+    error, _ = _pair_errors(
+        ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states, None, variance_noise, generator, model_kwargs
+    )
+    chosen, rejected = error.chunk(2)
+    loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
+    return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
+
+
+def ncp_sft_loss(
+    ncp: NoiseConditionedPerceptualLoss,
+    model_pred: Tensor,
+    target: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    variance_noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> PreferenceOutput:
+    """NCP-SFT: the perceptual error of a batch of winners only, PLw.
+
+    Args:
+        ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states: B winners, as in
+            :meth:`NoiseConditionedPerceptualLoss.errors`.
+        reduction: "mean", "sum" or "none".
+        variance_noise, generator, **model_kwargs: as there.
+
+    Returns:
+        The loss, and ``loss`` and ``raw_model_loss`` as metrics.
+
+    Raises:
+        ValueError, TypeError: a bad argument.
+    """
+    error, _ = ncp.errors(
+        model_pred,
+        target,
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states,
+        variance_noise=variance_noise,
+        generator=generator,
+        **model_kwargs,
+    )
+    loss = sft_loss(error, reduction=reduction)
+    mean = error.detach().mean()
+    return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": mean})
+
+
+def _pair_errors(
+    ncp: NoiseConditionedPerceptualLoss,
+    model_pred: Tensor,
+    target: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor | None,
+    ref_pred: Tensor | None,
+    variance_noise: Tensor | None,
+    generator: torch.Generator | None,
+    model_kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Errors of B winners, then B losers, after a look at what the members of a pair must share."""
+    if check_tensor("noisy_latents", noisy_latents).ndim == 0 or len(noisy_latents) % 2:
+        raise bad("noisy_latents", "an even batch: winners first, then their losers", f"{tuple(noisy_latents.shape)}")
+    check_pairs("timesteps", check_tensor("timesteps", timesteps))
+    check_pairs("variance_noise", variance_noise)
+    if ncp.schedule.prediction_type == "epsilon":
+        check_pairs("target (the noise)", check_tensor("target", target))
+    return ncp._errors(
+        model_pred,
+        target,
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states,
+        ref_pred,
+        variance_noise,
+        generator,
+        model_kwargs,
+        pairs=True,
+    )

@@ -1,0 +1,190 @@
+"""schedule: the reverse step x_t -> x_t', which is affine in the prediction: x_t'(o) = A x_t + B o + s z."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import bad, check_choice, check_timesteps
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+Step = int | Literal["uniform", "clean"]
+
+
+def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), so that one number per sample multiplies a batch shaped like ``like``."""
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class ReverseStep(NamedTuple):
+    """The coefficients of ``x_t'(o) = A x_t + B o + s z`` and the timestep t' at which features are taken, all (B,)."""
+
+    A: Tensor
+    B: Tensor
+    s: Tensor
+    timesteps: Tensor
+
+    def latents(self, noisy_latents: Tensor, output: Tensor, variance_noise: Tensor | None) -> Tensor:
+        """x_t'(output), in the precision of the coefficients; ``variance_noise=None`` is z = 0."""
+        x = per_sample(self.A, noisy_latents) * noisy_latents + per_sample(self.B, output) * output
+        return x if variance_noise is None else x + per_sample(self.s, variance_noise) * variance_noise
+
+    def displacement(self, output: Tensor, target: Tensor) -> Tensor:
+        """x_t'(output) - x_t'(target) = B (output - target), free of the cancellation of taking the difference."""
+        return per_sample(self.B, output) * (output.to(self.B.dtype) - target)
+
+
+class NoiseSchedule:
+    r"""A variance-preserving noise schedule: ``x_t = alpha(t) x_0 + sigma(t) eps`` (paper, eq. 1).
+
+    ``alpha(t) = sqrt(prod_{i<=t} (1 - beta_i))`` and ``sigma(t) = sqrt(1 - alpha(t)^2)``, in float64.
+
+    Args:
+        betas: T variances, each in (0, 1]; the last may be 1 (zero terminal SNR) unless the model predicts epsilon.
+        prediction_type: what the model outputs: "epsilon" (noise), "v_prediction" (velocity) or "sample" (x_0).
+
+    Raises:
+        ValueError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
+
+    >>> schedule = NoiseSchedule.from_scheduler(None)  # Stable Diffusion's own
+    >>> len(schedule), round(schedule.alpha(torch.tensor(999)).item(), 4)
+    (1000, 0.0683)
+    """
+
+    def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
+        if b.ndim != 1 or len(b) == 0 or not bool(((b > 0) & (b <= 1)).all()):
+            raise bad("betas", "a 1-D sequence of values in (0, 1]", f"of shape {tuple(b.shape)}, {b}")
+        squared = torch.cumprod(1 - b, 0)
+        if prediction_type == "epsilon" and squared[-1] == 0:
+            raise bad(
+                "prediction_type",
+                "'v_prediction' or 'sample' for a schedule with zero terminal SNR "
+                "(x_0 cannot be told from the noise alone where alpha = 0)",
+                "'epsilon'",
+            )
+        self.prediction_type = prediction_type
+        # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
+        self._alpha = torch.cat([squared.sqrt(), torch.ones(1, dtype=torch.float64)])
+        self._sigma = torch.cat([(1 - squared).sqrt(), torch.zeros(1, dtype=torch.float64)])
+        # What has been moved to a device: alpha and sigma, and the coefficients of a step.
+        self._moved: dict[Any, tuple[Tensor, ...]] = {}
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any = None) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...): its betas and prediction type.
+
+        The betas are accumulated anew in float64: a scheduler's own ``alphas_cumprod`` is float32, and B, a small
+        difference of such numbers, would keep three or four digits of it. None is Stable Diffusion's schedule: 1000
+        steps, ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon.
+
+        Raises:
+            TypeError: the scheduler has no betas.
+        """
+        if scheduler is None:
+            return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square())
+        if isinstance(scheduler, NoiseSchedule):
+            return scheduler
+        if not isinstance(getattr(scheduler, "betas", None), Tensor):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule, a diffusers scheduler that has `betas`, or None; "
+                f"it was {type(scheduler).__name__}"
+            )
+        return cls(scheduler.betas, getattr(scheduler.config, "prediction_type", "epsilon"))
+
+    def __len__(self) -> int:
+        return len(self._alpha) - 1
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
+
+    def alpha(self, timesteps: Tensor) -> Tensor:
+        """The signal's scale at integer ``timesteps``, any shape, float64."""
+        return self._on(timesteps.device)[0][timesteps.long()]
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """The noise's scale at integer ``timesteps``, any shape, float64."""
+        return self._on(timesteps.device)[1][timesteps.long()]
+
+    def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
+        """t' for each t: ``t - step``, -1 (the clean end) past the last step and for "clean", any of T for "uniform"."""
+        if step == "clean":
+            return torch.full_like(timesteps, -1)
+        if step == "uniform":
+            device = timesteps.device if generator is None else generator.device
+            drawn = torch.randint(len(self), timesteps.shape, generator=generator, device=device)
+            return drawn.to(timesteps.device)
+        return (timesteps - step).clamp(min=-1)
+
+    def reverse_step(
+        self,
+        timesteps: Tensor,
+        step: Step = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+        pairs: bool = False,
+    ) -> ReverseStep:
+        r"""The coefficients of one reverse step from t to t', in ``dtype``.
+
+        With ``x_0`` and ``eps`` the affine estimates that the prediction gives,
+        ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` and
+        ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``:
+        eta = 1, the DDPM posterior, for ``step=k`` (paper, eq. 2 and 12); eta = 0, DDIM, for "uniform" and "clean".
+
+        Args:
+            timesteps: (B,) integers in [0, T), int64 or float.
+            step: k >= 1, "uniform" or "clean".
+            dtype: of the coefficients, which are computed in float64 whatever it is.
+            generator: draws t' for "uniform".
+            pairs: the second half of the batch shares its draws of t' with the first.
+        """
+        check_timesteps(timesteps, len(self))
+        t = timesteps.long()
+        if step == "uniform":
+            drawn = self.next_timesteps(t[: len(t) // 2] if pairs else t, step, generator)
+            after = drawn.repeat(2) if pairs else drawn
+            A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
+        else:
+            table = self._table(step, t.device, dtype)
+            A, B, s = (column[t] for column in table[:3])
+            after = table[3][t]
+        return ReverseStep(A, B, s, after.clamp(min=0).to(timesteps.dtype))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """alpha and sigma on ``device``, moved there once; float32 on the one backend that has no float64."""
+        if device not in self._moved:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._moved[device] = (self._alpha.to(device, dtype), self._sigma.to(device, dtype))
+        return self._moved[device]
+
+    def _table(self, step: Step, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A, B, s and t' for every t, made on the host in float64, and moved once to each device and dtype."""
+        key = (step, device, dtype)
+        if key not in self._moved:
+            t = torch.arange(len(self))
+            after = self.next_timesteps(t, step)
+            self._moved[key] = (*(c.to(device, dtype) for c in self._coefficients(t, after, step)), after.to(device))
+        return self._moved[key]
+
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and s of the step from ``t`` to ``after``, in float64."""
+        alpha, sigma, alpha_, sigma_ = self.alpha(t), self.sigma(t), self.alpha(after), self.sigma(after)
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        if isinstance(step, int):
+            s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt()
+        else:
+            s = zero
+        noise = (sigma_.square() - s.square()).clamp(min=0).sqrt()
+        # The estimates of x_0 and eps, each as (factor of x_t, factor of the prediction).
+        x_0, eps = {
+            "epsilon": lambda: ((1 / alpha, -sigma / alpha), (zero, one)),
+            "v_prediction": lambda: ((alpha, -sigma), (sigma, alpha)),
+            "sample": lambda: ((zero, one), (1 / sigma, -alpha / sigma)),
+        }[self.prediction_type]()
+        A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
+        return A, B, s

@@ -1,0 +1,183 @@
+"""The encoder: which layer, what runs, what is held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import LAYOUTS, batch, sd15, sdxl
+from torch.utils.flop_counter import FlopCounterMode
+
+from ncp_loss import NoiseConditionedPerceptualLoss, frozen_view
+
+
+def inputs(unet, rows: int = 1) -> tuple:
+    arguments = batch(unet, rows)
+    extra = {k: arguments[k] for k in ("added_cond_kwargs",) if k in arguments}
+    return (arguments["noisy_latents"], arguments["timesteps"], arguments["encoder_hidden_states"]), extra
+
+
+def flops_of(call) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def flops_until(unet, last: str) -> int:
+    """Block by block, with hooks on the whole model: everything from the start until ``last`` has returned."""
+    args, extra = inputs(unet)
+    counter, seen = FlopCounterMode(display=False), {}
+    handle = unet.get_submodule(last).register_forward_hook(
+        lambda m, a, out: seen.update(flops=counter.get_total_flops())
+    )
+    with counter, torch.no_grad():
+        unet(*args, **extra)
+    handle.remove()
+    return seen["flops"]
+
+
+PATHS = {
+    "down_blocks": "down_blocks.-1",
+    "mid_block": "mid_block",
+    "down_blocks.1": "down_blocks.1",
+    "down_blocks.-2.attentions.0": "down_blocks.-2.attentions.0",
+    "up_blocks.0": "up_blocks.0",
+}
+
+
+@pytest.mark.parametrize("layer", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_features_are_the_whole_models_own_and_nothing_past_the_layer_runs(layout, layer):
+    unet = LAYOUTS[layout](dtype=torch.float32)
+    count = len(unet.down_blocks)
+    path = PATHS[layer].replace("-1", str(count - 1)).replace("-2", str(count - 2))
+    args, extra = inputs(unet)
+    ncp = NoiseConditionedPerceptualLoss(unet, layer)
+    kept = {}
+    handle = unet.get_submodule(path).register_forward_hook(lambda m, a, out: kept.update(out=out))
+    unet(*args, **extra)
+    handle.remove()
+    truth = kept["out"][0] if isinstance(kept["out"], tuple) else kept["out"]
+    assert torch.equal(ncp.features(*args, **extra)[layer], truth)
+    flops, bound = flops_of(lambda: ncp.features(*args, **extra)), flops_until(unet, path)
+    assert 0.99 * bound <= flops <= 1.01 * bound
+
+
+def test_several_layers_cost_one_pass_to_the_last_of_them():
+    unet = sd15(dtype=torch.float32)
+    args, _ = inputs(unet)
+    both = NoiseConditionedPerceptualLoss(unet, ["mid_block", "down_blocks.1"])
+    mid = NoiseConditionedPerceptualLoss(unet, "mid_block")
+    features = both.features(*args)
+    assert list(features) == ["mid_block", "down_blocks.1"]
+    assert torch.equal(features["mid_block"], mid.features(*args)["mid_block"])
+    assert flops_of(lambda: both.features(*args)) == flops_of(lambda: mid.features(*args))
+
+
+@pytest.mark.parametrize("difference", ["literal", "scaled"])
+def test_errors_take_one_call_without_a_graph_and_one_with(difference):
+    unet = sd15()
+    ncp = NoiseConditionedPerceptualLoss(unet, difference=difference)
+    calls = []
+    ncp._encoder.view.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
+    arguments = batch(unet, 3)
+    ncp.errors(**arguments)
+    assert calls == [(6, False), (3, True)]
+    calls.clear()
+    ncp(**{k: v for k, v in arguments.items() if k != "ref_pred"})
+    assert calls == [(3, False), (3, True)]
+
+
+def test_an_errors_calls_flops_are_three_encoder_forwards_and_one_backward():
+    unet = sd15(dtype=torch.float32)
+    ncp = NoiseConditionedPerceptualLoss(unet)
+    arguments = batch(unet, 1)
+    one = flops_until(unet, "down_blocks.3")
+    with FlopCounterMode(display=False) as counter:
+        error, _ = ncp.errors(**arguments)
+    assert counter.get_total_flops() == pytest.approx(3 * one, rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        error.sum().backward()
+    # To the latents only: a linear layer's backward costs its forward, attention's twice and a half and a recomputation.
+    assert one * 0.9 < counter.get_total_flops() < one * 1.7
+
+
+def owned_bytes(ncp, unet) -> int:
+    theirs = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    ours = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in ncp._encoder.view.parameters()}
+    return sum(size for pointer, size in ours.items() if pointer not in theirs)
+
+
+@pytest.mark.parametrize("layer", ["down_blocks", "mid_block", "down_blocks.1", "down_blocks.1.attentions.0", "up_blocks.1"])
+@pytest.mark.parametrize("make", [sd15, sdxl])
+def test_a_frozen_model_is_shared_and_a_trainable_one_copied_as_far_as_the_layer(make, layer):
+    unet = make(dtype=torch.float32)
+    assert owned_bytes(NoiseConditionedPerceptualLoss(unet, layer), unet) == 0
+    unet.requires_grad_(True)
+    ncp = NoiseConditionedPerceptualLoss(unet, layer)
+    args, extra = inputs(unet)
+    ran = set()
+    path = f"down_blocks.{len(unet.down_blocks) - 1}" if layer == "down_blocks" else layer
+    for name, module in ncp._encoder.view.named_modules():
+        module.register_forward_pre_hook(lambda m, a, name=name: ran.add(name))
+    ncp.features(*args, **extra)
+    truncated = sum(
+        p.nbytes for name, m in unet.named_modules() if name in ran for p in m._parameters.values() if p is not None
+    )
+    assert owned_bytes(ncp, unet) == truncated
+    assert path in ran
+
+
+def test_a_trainable_part_that_the_layer_does_not_need_costs_no_copy():
+    unet = sd15()
+    unet.up_blocks.requires_grad_(True)
+    assert owned_bytes(NoiseConditionedPerceptualLoss(unet), unet) == 0
+    unet.down_blocks[0].requires_grad_(True)
+    ncp = NoiseConditionedPerceptualLoss(unet)
+    assert 0 < owned_bytes(ncp, unet) <= sum(p.nbytes for p in unet.down_blocks[0].parameters())
+
+
+def test_moving_the_loss_converts_its_own_copies_and_never_the_users_weights():
+    unet = sd15(dtype=torch.float32).requires_grad_(True)
+    ncp = NoiseConditionedPerceptualLoss(unet)
+    ncp.to(torch.bfloat16)
+    assert ncp._encoder.view.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in unet.parameters()} == {torch.float32}
+    assert ncp.features(*inputs(unet)[0])["down_blocks"].dtype == torch.bfloat16
+
+
+def test_checkpointing_changes_no_value_and_no_flag_of_the_users():
+    unet = sd15()
+    arguments = batch(unet, 2)
+    plain, saved = (NoiseConditionedPerceptualLoss(unet, "mid_block", checkpoint=c) for c in (False, True))
+    results, kept = [], []
+    for ncp in (plain, saved):
+        sizes = []
+
+        def pack(x, sizes=sizes):
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            error, _ = ncp.errors(**arguments)
+        results.append((error, torch.autograd.grad(error.sum(), arguments["model_pred"])[0]))
+        kept.append(sum(sizes))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert kept[1] < 0.5 * kept[0]
+    assert not unet.is_gradient_checkpointing
+
+
+def test_a_frozen_view_is_the_base_model_and_stays_it():
+    unet = sd15()
+    args, _ = inputs(unet)
+    truth = unet(*args).sample
+    view = frozen_view(unet)
+    assert torch.equal(view(*args).sample, truth)
+    assert not view.training
+    assert {p.data_ptr() for p in view.parameters()} == {p.data_ptr() for p in unet.parameters()}
+    unet.requires_grad_(True)
+    copied = frozen_view(unet)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(1)
+    assert torch.equal(copied(*args).sample, truth)
