@@ -1,8 +1,8 @@
-"""checks: what a bad argument is told: its name, what it must be and what it was. No value is read on an accelerator."""
+"""checks: what a bad argument is told: its name, what it must be, what it was. No value on an accelerator is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -30,28 +30,31 @@ def check_tensor(name: str, value: object) -> Tensor:
 
 
 def check_floating(name: str, value: object) -> Tensor:
-    if not check_tensor(name, value).is_floating_point():
-        raise bad(name, "a floating-point tensor", value.dtype, TypeError)  # type: ignore[attr-defined]
-    return value  # type: ignore[return-value]
+    tensor = check_tensor(name, value)
+    if not tensor.is_floating_point():
+        raise bad(name, "a floating-point tensor", tensor.dtype, TypeError)
+    return tensor
 
 
 def check_like(name: str, value: object, reference_name: str, reference: Tensor) -> None:
     """Same shape, nothing broadcast, and same device."""
-    shape = check_floating(name, value).shape  # type: ignore[union-attr]
-    if shape != reference.shape:
-        raise bad(name, f"shaped like {reference_name}, {_shape(reference)}", _shape(value))
-    check_device(name, value, reference_name, reference)
+    tensor = check_floating(name, value)
+    if tensor.shape != reference.shape:
+        raise bad(name, f"shaped like {reference_name}, {_shape(reference)}", _shape(tensor))
+    check_device(name, tensor, reference_name, reference)
 
 
 def check_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     if value.device != reference.device:
-        raise bad(name, f"on {reference_name}'s device, {reference.device}", f"on {value.device}")
+        raise bad(name, f"on the device of {reference_name}, {reference.device}", f"on {value.device}")
 
 
-def check_batch(name: str, value: object, batch: int) -> None:
+def check_batch(name: str, value: object, batch: int) -> Tensor:
     """One row per sample."""
-    if check_tensor(name, value).ndim == 0 or len(value) != batch:  # type: ignore[arg-type]
-        raise bad(name, f"one row per sample, {batch}", _shape(value))  # type: ignore[arg-type]
+    tensor = check_tensor(name, value)
+    if tensor.ndim == 0 or len(tensor) != batch:
+        raise bad(name, f"one row per sample, {batch}", _shape(tensor))
+    return tensor
 
 
 def check_errors(**errors: Tensor) -> None:
@@ -63,16 +66,15 @@ def check_errors(**errors: Tensor) -> None:
         check_like(name, value, first, reference)
 
 
-def check_latents(noisy_latents: Tensor, target: Tensor, shape: tuple[int | None, ...] | None, **predictions: Tensor) -> None:
-    """One shape for all, that of noisy_latents; ``shape`` is what the model takes, None where any size will do."""
-    actual = tuple(check_floating("noisy_latents", noisy_latents).shape)
-    if shape is not None:
-        if len(actual) != len(shape):
-            raise bad("noisy_latents", f"{len(shape)}-dimensional, {_pattern(shape)}", _shape(noisy_latents))
-        if any(want not in (None, was) for want, was in zip(shape, actual, strict=True)):
-            raise bad("noisy_latents", f"shaped {_pattern(shape)}, as the model takes them", _shape(noisy_latents))
-    for name, value in {"target": target, **predictions}.items():
-        check_like(name, value, "noisy_latents", noisy_latents)
+def check_latents(name: str, latents: Tensor, channels: int | None, **others: Tensor) -> None:
+    """What the model takes, (B, C, H, W) where its first layer is a convolution; the others are shaped like it."""
+    shape = check_floating(name, latents).shape
+    if channels is not None and (len(shape) != 4 or shape[1] != channels):
+        raise bad(name, f"shaped (B, {channels}, H, W), as the model takes them", _shape(latents))
+    if len(shape) < 2 or shape[0] == 0:
+        raise bad(name, "a batch of one row or more", _shape(latents))
+    for other, value in others.items():
+        check_like(other, value, name, latents)
 
 
 def check_timesteps(timesteps: Tensor, count: int) -> None:
@@ -85,24 +87,19 @@ def check_timesteps(timesteps: Tensor, count: int) -> None:
             raise bad("timesteps", "whole numbers", timesteps.tolist())
 
 
-def check_pairs(name: str, value: Tensor | None) -> None:
-    """The two halves of ``value`` agree, winner for loser; looked at only where looking is free."""
-    if value is None or value.ndim == 0 or not values_are_free(value):
-        return
-    winners, losers = value.chunk(2)
-    if not torch.equal(winners, losers):
-        raise bad(name, "the same for both members of a pair (winners first, then losers)", "different")
+def check_pairs(shared: Mapping[str, Tensor | None]) -> None:
+    """The two halves of each agree, winner for loser; looked at only where looking is free."""
+    for name, value in shared.items():
+        if value is not None and values_are_free(value) and not torch.equal(*value.chunk(2)):
+            raise bad(name, "the same for both members of a pair (winners first, then losers)", "different")
 
 
 def values_are_free(value: Tensor) -> bool:
     """Whether reading values costs no synchronisation: a real tensor on the host, outside a trace."""
-    return value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0 and not torch.compiler.is_compiling()
+    return (
+        value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0 and not torch.compiler.is_compiling()
+    )
 
 
 def _shape(value: Tensor) -> str:
     return f"shaped {tuple(value.shape)}"
-
-
-def _pattern(shape: tuple[int | None, ...]) -> str:
-    names = "BCHW" if len(shape) == 4 else "BCFHW"
-    return "(" + ", ".join(str(size or name) for size, name in zip(shape, names, strict=True)) + ")"

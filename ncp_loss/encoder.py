@@ -1,60 +1,32 @@
-"""encoder: a frozen view of the user's own model, stopped at the layers asked for: (latents, timesteps, text) -> features."""
+"""encoder: the frozen view, stopped at the layers asked for: from (latents, timesteps, conditioning) to features."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checks import bad, check_batch
+from .checks import bad, check_batch, check_device, check_floating
+from .view import Watch, own_trainable, twin_of
 
 Layers = str | Sequence[str] | Mapping[str, float]
-M = TypeVar("M", bound=nn.Module)
 
 # What runs one after another in a model's forward, whatever order it was registered in. Used only to tell which weights
 # lie past a layer and need no copy: a name that is missing here costs memory, never correctness.
-_ORDER = ("resnets", "attentions", "downsamplers", "upsamplers")
-_ORDER += ("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
-_ORDER += ("transformer_blocks", "single_transformer_blocks", "norm_out", "proj_out")
-
-# Instance state that redirects a call to the module it was made for: accelerate's mixed-precision and offload wrappers,
-# adapters that override `forward` on the instance, `module.compile()`.
-_BOUND_TO_ORIGINAL = ("forward", "_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+_ORDER = (
+    *("resnets", "attentions", "downsamplers", "upsamplers"),
+    *("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"),
+    *("transformer_blocks", "single_transformer_blocks", "norm_out", "proj_out"),
+)
 
 
-def frozen_view(model: M) -> M:
-    """The model without its adapters, sharing its weights: a reference model at no cost.
-
-    A second module tree over the same parameters. PEFT's tuner layers (LoRA, DoRA, LoHa, ...) are replaced by the layer
-    they wrap, wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are left out, and nothing of
-    ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view is in eval mode,
-    without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning, is
-    copied, so that the view stays where it is while the model trains; freeze first to share.
-
-    Args:
-        model: any diffusers model, or a wrapper around one.
-
-    Returns:
-        A module of the unwrapped model's class, to be called like it, under ``torch.no_grad()``.
-
-    Raises:
-        ValueError: an adapter is merged into the weights, so that the base model no longer exists.
-
-    >>> layer = torch.nn.Linear(2, 2).requires_grad_(False)
-    >>> frozen_view(layer).weight is layer.weight
-    True
-    """
-    view = _twin(_unwrapped(model), {})
-    _own_trainable(view, {name for name, _ in view.named_modules()})
-    return view  # type: ignore[return-value]
-
-
-class LastLayerReached(Exception):  # noqa: N818  # not an error: it ends a forward pass whose work is done
+class LastLayerReached(Exception):  # not an error: it ends a forward pass whose work is done
     """Raised inside the view's forward, and caught around it, when the last wanted layer has run."""
 
 
@@ -66,25 +38,17 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         # A U-Net block returns its hidden states first, then what it keeps for skip connections.
-        self.kept[self.layer] = output[0] if isinstance(output, tuple) else output
+        features = output[0] if isinstance(output, tuple) else output
+        # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
+        self.kept[self.layer] = features.clone() if len(self.kept) + 1 < self.wanted else features
         # An exporter keeps a stack of the modules it is in, which an exception would leave unbalanced: run on there,
         # and let its dead-code elimination remove the rest.
         if len(self.kept) == self.wanted and not torch.compiler.is_exporting():
             raise LastLayerReached
 
 
-class _Shared(NamedTuple):
-    """A tensor of the user's model that the encoder computes with: where it lives, and its state when the loss was built."""
-
-    path: str
-    home: dict[str, Tensor | None]
-    key: str
-    tensor: Tensor
-    version: int
-
-
 class FrozenEncoder:
-    """Features of the bare base model at ``layers``, for (latents, timesteps, text); nothing past the last of them runs.
+    """Features of the bare base model at ``layers``; nothing past the last of them runs.
 
     Not a Module, on purpose: the weights are the user's, and belong in no state_dict but theirs.
 
@@ -96,33 +60,37 @@ class FrozenEncoder:
     """
 
     def __init__(self, model: nn.Module, layers: Layers, *, checkpoint: bool = False) -> None:
-        links: list[_Link] = []
-        self.view = _twin(_unwrapped(model), {}, links)
+        self.view, links = twin_of(model)
+        if not isinstance(layers, str | Sequence | Mapping):
+            raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
         names = (layers,) if isinstance(layers, str) else layers
         self.weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
         if not self.weights or any(not weight > 0 for weight in self.weights.values()):
             raise bad("layer", "one module path or more, with positive weights", repr(layers))
-        self.paths = {layer: _resolve(self.view, layer) for layer in self.weights}
-        if len(set(self.paths.values())) < len(self.paths):
-            raise bad("layer", "different modules", repr(self.paths))
+        ends = {layer: _resolve(self.view, layer) for layer in self.weights}
+        if len(set(ends.values())) < len(names):
+            raise bad("layer", "different modules", repr(layers))
 
-        ends = self.paths.values()
-        used = {name for name, _ in self.view.named_modules() if not all(_runs_after(name, end) for end in ends)}
-        self._owned = _own_trainable(self.view, used)
-        self._shared = _shared_tensors(self.view, used, self._owned)
-        twins = {id(module) for name, module in self.view.named_modules() if name in used}
-        self._links = [link for link in links if id(link.twin) in twins]
-
+        modules = dict(self.view.named_modules())
+        used = {name for name in modules if not all(_runs_after(name, end) for end in ends.values())}
+        self._owned = own_trainable(self.view, used)
+        copies = {id(p) for module in self._owned for p in module.parameters(recurse=False)}
+        weights = [p for name in modules if name in used for p in modules[name].parameters(recurse=False)]
+        self._copied = next((p for p in weights if id(p) in copies), None)
+        self._shared = next((p for p in weights if id(p) not in copies), None)
+        self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
+        self._watch = Watch(self.view, links, used, self._owned)
         self._kept: dict[str, Tensor] = {}
-        for layer, path in self.paths.items():
-            self.view.get_submodule(path).register_forward_hook(_Tap(layer, self._kept, len(self.paths)))
+        for layer, end in ends.items():
+            modules[end].register_forward_hook(_Tap(layer, self._kept, len(ends)))
         if checkpoint:
-            blocks = [module for module in self.view.modules() if hasattr(module, "gradient_checkpointing")]
+            blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
             if not blocks:
                 raise bad("checkpoint", f"False: {type(self.view).__name__} has no gradient checkpointing", "True")
             for block in blocks:
-                block.gradient_checkpointing, block._gradient_checkpointing_func = True, _recompute  # type: ignore[assignment]
+                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recompute)
         self._takes_text = "encoder_hidden_states" in inspect.signature(type(self.view).forward).parameters
+        self._reads_text = any(getattr(module, "has_cross_attention", False) for module in modules.values())
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **model_kwargs: Any
@@ -132,17 +100,17 @@ class FrozenEncoder:
         Only here are latents cast to the dtype that the model computes in.
         """
         if not torch.compiler.is_compiling():
-            self._check_unmoved(latents)
+            self._watch.check()
+            self._check_own(latents)
         if self._takes_text:
             model_kwargs["encoder_hidden_states"] = encoder_hidden_states
         batch, copies = len(timesteps), len(latents) // len(timesteps)
         dtype = None if torch.is_autocast_enabled(latents.device.type) else self.dtype
         conditioning = {k: _prepared(v, batch, copies, dtype, k) for k, v in model_kwargs.items()}
         self._kept.clear()
-        try:
-            self.view(_prepared(latents, 0, 1, dtype), timestep=timesteps.repeat(copies), **conditioning)
-        except LastLayerReached:
-            pass
+        latents = latents if dtype is None else latents.to(dtype)
+        with contextlib.suppress(LastLayerReached):
+            self.view(latents, timestep=timesteps.repeat(copies), **conditioning)
         missing = self.weights.keys() - self._kept.keys()
         if missing:
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
@@ -160,148 +128,59 @@ class FrozenEncoder:
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
 
     @property
-    def input_shape(self) -> tuple[int | None, ...] | None:
-        """What the first convolution says of the latents: (B, C, H, W) with None for any size; None if there is none."""
+    def channels(self) -> int | None:
+        """Of the latents, where the first layer is a 2-D convolution, which takes (B, C, H, W)."""
         conv = getattr(self.view, "conv_in", None)
-        if not isinstance(conv, nn.Conv2d):
-            return None
-        return (None, conv.in_channels, None, None)
+        return conv.in_channels if isinstance(conv, nn.Conv2d) else None
 
-    def check_conditioning(self, batch: int, encoder_hidden_states: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
+    def check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
         """What the model would stumble over deep inside, said at the door."""
-        if encoder_hidden_states is not None:
-            check_batch("encoder_hidden_states", encoder_hidden_states, batch)
-        elif any(getattr(module, "has_cross_attention", False) for module in self.view.modules()):
+        config: Any = getattr(self.view, "config", None)
+
+        def check(name: str, value: object, *shape: int | str | None) -> None:
+            tensor = check_batch(name, value, len(latents))
+            check_device(name, tensor, "noisy_latents", latents)
+            wrong = [isinstance(want, int) and want != was for want, was in zip(shape, tensor.shape[1:], strict=False)]
+            if shape and (tensor.ndim != 1 + len(shape) or any(wrong)):
+                raise bad(name, f"shaped (B, {', '.join(map(str, shape))})", f"shaped {tuple(tensor.shape)}")
+
+        if text is not None:
+            width = getattr(config, "cross_attention_dim", None)
+            known = self._reads_text and isinstance(width, int) and getattr(config, "encoder_hid_dim", None) is None
+            check(
+                "encoder_hidden_states", check_floating("encoder_hidden_states", text), *(("L", width) if known else ())
+            )
+        elif self._reads_text:
             raise bad("encoder_hidden_states", "given: the model attends to text", "None")
-        config = getattr(self.view, "config", None)
         if getattr(config, "addition_embed_type", None) == "text_time":
             added = model_kwargs.get("added_cond_kwargs") or {}
-            for key in ("text_embeds", "time_ids"):
-                if key not in added:
-                    raise bad("added_cond_kwargs", "a dict with text_embeds and time_ids, as SDXL takes them", sorted(added))
-                check_batch(f"added_cond_kwargs[{key!r}]", added[key], batch)
+            if not {"text_embeds", "time_ids"} <= set(added):
+                raise bad(
+                    "added_cond_kwargs", "a dict with text_embeds and time_ids, as SDXL takes them", sorted(added)
+                )
+            check("added_cond_kwargs['time_ids']", added["time_ids"])
+            ids = config.addition_time_embed_dim * added["time_ids"][0].numel()
+            check(
+                "added_cond_kwargs['text_embeds']",
+                added["text_embeds"],
+                config.projection_class_embeddings_input_dim - ids,
+            )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What ``ncp.to(...)`` does: convert the encoder's own copies; what is the user's, the user moves."""
         for module in self._owned:
             nn.Module._apply(module, fn, recurse=False)
 
-    def _check_unmoved(self, latents: Tensor) -> None:
-        """Shared weights are the base model only while nobody changes them: say so, rather than drift."""
-        for i, (path, home, key, tensor, version) in enumerate(self._shared):
-            now = home.get(key)
-            if now is None or now.requires_grad:
-                raise _moved(path, "became trainable" if now is not None else "was removed")
-            if now is not tensor and (now.device, now.dtype) != (tensor.device, tensor.dtype):
-                self._shared[i] = _Shared(path, home, key, now, now._version)  # model.to(...) replaces buffers
-            elif now is not tensor or now._version != version:
-                raise _moved(path, "was changed")
-        for modules, key, layer, _ in self._links:
-            if modules.get(key) is not layer:
-                _base_layer(modules[key], key)  # raises where an adapter is merged
-        where = next(self.view.parameters()).device
-        if where != latents.device:
-            hint = "; move its copy with ncp.to(device)" if self._owned else ""
-            raise bad("noisy_latents", f"on the encoder's device, {where}{hint}", f"on {latents.device}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_links": []}  # a copy holds its own weights, not the user's adapters
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._shared = [shared._replace(version=shared.tensor._version) for shared in self._shared]
-
-
-class _Link(NamedTuple):
-    """Where the user's model holds a layer that the encoder sees through to."""
-
-    modules: dict[str, nn.Module | None]
-    key: str
-    layer: nn.Module
-    twin: nn.Module
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel, DeepSpeed's engine, torch.compile or PeftModel, in any nesting."""
-    while True:
-        if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        elif list(model._modules) == ["module"]:
-            model = model._modules["module"]  # type: ignore[assignment]
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def _base_layer(module: nn.Module, path: str) -> nn.Module:
-    """The layer inside PEFT's tuner layers; one that has been merged into is no longer the base model's."""
-    while True:
-        if getattr(module, "merged", False) is True:
-            raise ValueError(
-                f"unet must have no merged adapter: one is merged into {path!r}, so the base weights are not there; "
-                "unmerge it first (unmerge_adapter(), unfuse_lora())"
-            )
-        for inner in ("base_layer", "original_module", "_orig_mod"):
-            if inner in module._modules:
-                module = module._modules[inner]  # type: ignore[assignment]
-                break
-        else:
-            return module
-
-
-def _twin(module: nn.Module, memo: dict[int, nn.Module], links: list[_Link] | None = None, path: str = "") -> nn.Module:
-    """A second tree of containers over the same parameters and buffers, without adapters, hooks or instance overrides."""
-    module = _base_layer(module, path)
-    if id(module) in memo:
-        return memo[id(module)]
-    twin = memo[id(module)] = object.__new__(type(module))
-    state = {name: value for name, value in vars(module).items() if name not in _BOUND_TO_ORIGINAL}
-    # The dictionaries of tensors are shared, not only the tensors, so that model.to(...) reaches the twin too.
-    tensors = {name: state[name] for name in ("_parameters", "_buffers", "_non_persistent_buffers_set")}
-    state |= vars(nn.Module()) | tensors | {"training": False}
-    if "gradient_checkpointing" in state:
-        state["gradient_checkpointing"] = False
-        state.pop("_gradient_checkpointing_func", None)
-    vars(twin).update(state)
-    for name, child in module._modules.items():
-        below = f"{path}.{name}".lstrip(".")
-        twin._modules[name] = None if child is None else _twin(child, memo, links, below)
-        if child is not None and links is not None:
-            links.append(_Link(module._modules, name, child, twin._modules[name]))  # type: ignore[arg-type]
-    return twin
-
-
-def _own_trainable(view: nn.Module, used: Container[str]) -> list[nn.Module]:
-    """Gives each used module with a trainable weight tensors of its own; returns those modules."""
-    copies: dict[int, Tensor] = {}  # tied weights stay tied
-
-    def own(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copy = tensor.detach().clone()
-            copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
-        return copies[id(tensor)]
-
-    owned = []
-    for name, module in view.named_modules():
-        if name in used and any(p is not None and p.requires_grad for p in module._parameters.values()):
-            for home in ("_parameters", "_buffers"):
-                tensors = vars(module)[home]
-                vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
-            owned.append(module)
-    return owned
-
-
-def _shared_tensors(view: nn.Module, used: Container[str], owned: list[nn.Module]) -> list[_Shared]:
-    own = {id(module) for module in owned}
-    return [
-        _Shared(f"{name}.{key}", home, key, tensor, tensor._version)
-        for name, module in view.named_modules()
-        if name in used and id(module) not in own
-        for home in (module._parameters, module._buffers)
-        for key, tensor in home.items()
-        if tensor is not None
-    ]
+    def _check_own(self, latents: Tensor) -> None:
+        """The user moves shared weights, ``ncp.to(...)`` moves copies: say so where one was left behind."""
+        for weight, hint in ((self._copied, ": move its copies with ncp.to(device)"), (self._shared, "")):
+            if weight is not None and weight.device != latents.device:
+                raise bad("noisy_latents", f"on the encoder's device, {weight.device}{hint}", f"on {latents.device}")
+        copied, shared = self._copied, self._shared
+        if copied is not None and shared is not None and (copied.dtype == shared.dtype) != self._of_one_dtype:
+            hint = "convert these with ncp.to(dtype)"
+            must_be = f"in the dtype of the loss's copies of its trainable weights, {copied.dtype}: {hint}"
+            raise bad("unet", must_be, shared.dtype)
 
 
 def _runs_after(name: str, end: str) -> bool:
@@ -320,7 +199,7 @@ def _runs_after(name: str, end: str) -> bool:
 
 def _resolve(view: nn.Module, layer: str) -> str:
     """The full path of a layer: negative indices counted, a list of blocks replaced by its last."""
-    module, path = view, []
+    module, path = view, list[str]()
     for part in layer.split("."):
         children = [name for name, child in module._modules.items() if child is not None]
         if part.startswith("-") and part[1:].isdigit() and 0 < int(part[1:]) <= len(children):
@@ -328,7 +207,11 @@ def _resolve(view: nn.Module, layer: str) -> str:
         if part not in children:
             near = difflib.get_close_matches(layer, [name for name, _ in view.named_modules() if name], n=5, cutoff=0.5)
             where = ".".join(path) or type(view).__name__
-            raise bad("layer", f"a module path of the model, such as {sorted(near) or children} ({where} has {children})", repr(layer))
+            raise bad(
+                "layer",
+                f"a module path of the model, such as {sorted(near) or children} ({where} has {children})",
+                repr(layer),
+            )
         module = module._modules[part]  # type: ignore[assignment]
         path.append(part)
     while isinstance(module, nn.ModuleList) and len(module):
@@ -348,6 +231,7 @@ def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, na
         return type(value)(_prepared(item, batch, copies, dtype, name) for item in value)
     if not isinstance(value, Tensor):
         return value
+    value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
         value = value.to(dtype)
     if copies > 1 and value.ndim > 0 and len(value) == batch:
@@ -357,10 +241,3 @@ def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, na
 
 def _recompute(module: Callable[..., Any], *args: Any) -> Any:
     return recompute(module, *args, use_reentrant=False)
-
-
-def _moved(path: str, what: str) -> RuntimeError:
-    return RuntimeError(
-        f"unet's base weights must stay as they were when the loss was built, since the loss shares them: {path} {what}. "
-        "Build the loss again; where weights are trainable by then, it keeps a copy of the part it needs"
-    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import bad, check_choice, check_device, check_latents, check_like, check_tensor
+from .checks import bad, check_choice, check_device, check_latents, check_pairs, check_tensor
 from .difference import DIFFERENCES, choose, feature_differences
 from .encoder import FrozenEncoder, Layers
 from .error import feature_error
@@ -48,7 +48,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         ValueError, TypeError: an unknown option, a layer the model does not have, an adapter merged into its weights.
 
     >>> from diffusers import UNet2DConditionModel
-    >>> unet = UNet2DConditionModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    >>> unet = UNet2DConditionModel(
+    ...     block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     ...     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8).requires_grad_(False)
     >>> ncp = NoiseConditionedPerceptualLoss(unet)
     >>> x, noise, text = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 8)
@@ -101,16 +102,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Returns:
             0-dim, or (B,) with ``reduction="none"``; float32 or better.
         """
-        error, _ = self.errors(
-            model_pred,
-            target,
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states,
-            variance_noise=variance_noise,
-            generator=generator,
-            **model_kwargs,
-        )
+        inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
+        error, _ = self.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
         return reduce_batch(error, self.reduction)
 
     def errors(
@@ -147,9 +140,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since the loss was built.
         """
-        return self._errors(
-            model_pred, target, noisy_latents, timesteps, encoder_hidden_states, ref_pred, variance_noise, generator, model_kwargs
-        )
+        inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
+        return self._errors(*inputs, ref_pred, variance_noise, generator, model_kwargs)
 
     def _errors(
         self,
@@ -165,35 +157,35 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         *,
         pairs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The way through the rooms. ``pairs``: what is drawn at random is drawn once for the two halves of the batch."""
-        predictions = {"model_pred": model_pred} | ({} if ref_pred is None else {"ref_pred": ref_pred})
-        check_latents(noisy_latents, target, self._encoder.input_shape, **predictions)
+        """The way through the rooms. ``pairs``: random draws are made once for the two halves of the batch."""
+        encoder, optional = self._encoder, {"ref_pred": ref_pred, "variance_noise": variance_noise}
+        given = {name: value for name, value in optional.items() if value is not None}
+        check_latents("noisy_latents", noisy_latents, encoder.channels, target=target, model_pred=model_pred, **given)
         timesteps = self._batch_timesteps(timesteps, noisy_latents)
-        self._encoder.check_conditioning(len(noisy_latents), encoder_hidden_states, model_kwargs)
+        if pairs:
+            noise = target if self.schedule.prediction_type == "epsilon" else None
+            check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
+        encoder.check_conditioning(noisy_latents, encoder_hidden_states, model_kwargs)
 
+        # From here to the encoder's door in float32 at least, whatever the model's dtype.
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
         x, truth = noisy_latents.detach().to(dtype), target.detach().to(dtype)
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
-        if variance_noise is not None:
-            check_like("variance_noise", variance_noise, "noisy_latents", noisy_latents)
-        elif generator is not None and isinstance(self.step, int):
+        z = None if variance_noise is None else variance_noise.detach()
+        if z is None and generator is not None and isinstance(self.step, int):
             drawn = x[: len(x) // 2] if pairs else x
-            variance_noise = torch.randn(drawn.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
-            variance_noise = variance_noise.repeat(2, *[1] * (x.ndim - 1)) if pairs else variance_noise
+            z = torch.randn(drawn.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
+            z = torch.cat([z, z]) if pairs else z
 
         model, reference = feature_differences(
-            partial(self._encoder, timesteps=back.timesteps, encoder_hidden_states=encoder_hidden_states, **model_kwargs),
-            back.latents(x, truth, variance_noise),
+            partial(encoder, timesteps=back.timesteps, encoder_hidden_states=encoder_hidden_states, **model_kwargs),
+            back.latents(x, truth, z),
             back.displacement(model_pred, truth),
             None if ref_pred is None else back.displacement(ref_pred.detach(), truth),
-            choose(self.difference, self._encoder.compute_dtype(x.device)),
+            choose(self.difference, encoder.compute_dtype(x.device), x.device),
         )
-        error = partial(
-            feature_error,
-            weights=self._encoder.weights,
-            normalize=self.normalize,
-            unit=back.B if self.weighting == "noise" else None,
-        )
+        unit = back.B if self.weighting == "noise" else None
+        error = partial(feature_error, weights=encoder.weights, normalize=self.normalize, unit=unit)
         return error(model), None if reference is None else error(reference)
 
     def features(
@@ -210,8 +202,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
         """
-        check_latents(latents, latents, self._encoder.input_shape)
-        self._encoder.check_conditioning(len(latents), encoder_hidden_states, model_kwargs)
+        check_latents("latents", latents, self._encoder.channels)
+        self._encoder.check_conditioning(latents, encoder_hidden_states, model_kwargs)
         return self._encoder(latents, self._batch_timesteps(timesteps, latents), encoder_hidden_states, **model_kwargs)
 
     def _batch_timesteps(self, timesteps: Tensor, latents: Tensor) -> Tensor:
@@ -225,7 +217,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
         """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""
         self._encoder.apply(fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def extra_repr(self) -> str:
-        return f"layer={self._encoder.weights}, schedule={self.schedule}, step={self.step!r}, difference={self.difference!r}"
+        return f"layer={self._encoder.weights}, {self.schedule}, step={self.step!r}, difference={self.difference!r}"

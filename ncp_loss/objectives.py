@@ -92,7 +92,12 @@ def dpo_loss(
 
 
 def cpo_loss(
-    chosen_error: Tensor, rejected_error: Tensor, *, beta: float = 2500.0, sft_weight: float = 1.0, reduction: str = "mean"
+    chosen_error: Tensor,
+    rejected_error: Tensor,
+    *,
+    beta: float = 2500.0,
+    sft_weight: float = 1.0,
+    reduction: str = "mean",
 ) -> Tensor:
     r"""Contrastive preference optimisation: no reference, and the winner's own error as an anchor (paper, eq. 19).
 
@@ -145,9 +150,11 @@ def sft_loss(chosen_error: Tensor, *, reduction: str = "mean") -> Tensor:
 def preference_metrics(
     loss: Tensor, chosen_error: Tensor, rejected_error: Tensor, ref: tuple[Tensor, Tensor] | None, beta: float
 ) -> dict[str, Tensor]:
-    """What trainers log, under the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half."""
+    """What trainers log, by the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half."""
     chosen, rejected = chosen_error.detach(), rejected_error.detach()
-    ref_chosen, ref_rejected = (e.detach() for e in ref) if ref else (torch.zeros_like(chosen), torch.zeros_like(rejected))
+    ref_chosen, ref_rejected = (
+        (e.detach() for e in ref) if ref else (torch.zeros_like(chosen), torch.zeros_like(rejected))
+    )
     rewards_chosen, rewards_rejected = beta * (ref_chosen - chosen), beta * (ref_rejected - rejected)
     # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.
     margins = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
@@ -164,8 +171,10 @@ def preference_metrics(
     }
 
 
-def _margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None) -> Tensor:
-    """How much better than the reference the model is on winners than on losers, in units of error, float32 or better."""
+def _margin(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
+) -> Tensor:
+    """How much better than the reference the model is on winners than on losers, in units of error."""
     dtype = torch.promote_types(chosen.dtype, torch.float32)
     if ref_chosen is None or ref_rejected is None:
         return rejected.to(dtype) - chosen

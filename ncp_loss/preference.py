@@ -1,13 +1,13 @@
-"""preference: the objectives on pre-noised pairs, the two lines of a preference-training loop that this library is for."""
+"""preference: the objectives on pre-noised latents, the one call that a preference-training loop makes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .checks import bad, check_like, check_pairs, check_tensor
+from .checks import bad, check_like, check_tensor
 from .loss import NoiseConditionedPerceptualLoss
 from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, sft_loss
 
@@ -60,16 +60,14 @@ def ncp_dpo_loss(
     """
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
-    error, from_pred = _pair_errors(
-        ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states, ref_pred, variance_noise, generator, model_kwargs
-    )
-    ref = from_pred if ref_error is None else ref_error
-    assert ref is not None
-    check_like("ref_error", ref, "the model's errors", error)
+    inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
+    error, from_pred = _pair_errors(ncp, inputs, ref_pred, variance_noise, generator, model_kwargs)
+    ref = ref_error if from_pred is None else from_pred
+    check_like("ref_error", ref, "the batch's errors", error)
     chosen, rejected = error.chunk(2)
-    ref_chosen, ref_rejected = ref.detach().chunk(2)
-    options = {"loss_type": loss_type, "label_smoothing": label_smoothing, "reduction": reduction}
-    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **options)  # type: ignore[arg-type]
+    ref_chosen, ref_rejected = cast(Tensor, ref).detach().chunk(2)
+    options: dict[str, Any] = {"loss_type": loss_type, "label_smoothing": label_smoothing, "reduction": reduction}
+    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **options)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta))
 
 
@@ -103,9 +101,8 @@ def ncp_cpo_loss(
     Raises:
         ValueError, TypeError: an odd batch, or another bad argument.
     """
-    error, _ = _pair_errors(
-        ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states, None, variance_noise, generator, model_kwargs
-    )
+    inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
+    error, _ = _pair_errors(ncp, inputs, None, variance_noise, generator, model_kwargs)
     chosen, rejected = error.chunk(2)
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
@@ -138,49 +135,22 @@ def ncp_sft_loss(
     Raises:
         ValueError, TypeError: a bad argument.
     """
-    error, _ = ncp.errors(
-        model_pred,
-        target,
-        noisy_latents,
-        timesteps,
-        encoder_hidden_states,
-        variance_noise=variance_noise,
-        generator=generator,
-        **model_kwargs,
-    )
+    inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
+    error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
     loss = sft_loss(error, reduction=reduction)
-    mean = error.detach().mean()
-    return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": mean})
+    return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})
 
 
 def _pair_errors(
     ncp: NoiseConditionedPerceptualLoss,
-    model_pred: Tensor,
-    target: Tensor,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    encoder_hidden_states: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     ref_pred: Tensor | None,
     variance_noise: Tensor | None,
     generator: torch.Generator | None,
     model_kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Errors of B winners, then B losers, after a look at what the members of a pair must share."""
-    if check_tensor("noisy_latents", noisy_latents).ndim == 0 or len(noisy_latents) % 2:
-        raise bad("noisy_latents", "an even batch: winners first, then their losers", f"{tuple(noisy_latents.shape)}")
-    check_pairs("timesteps", check_tensor("timesteps", timesteps))
-    check_pairs("variance_noise", variance_noise)
-    if ncp.schedule.prediction_type == "epsilon":
-        check_pairs("target (the noise)", check_tensor("target", target))
-    return ncp._errors(
-        model_pred,
-        target,
-        noisy_latents,
-        timesteps,
-        encoder_hidden_states,
-        ref_pred,
-        variance_noise,
-        generator,
-        model_kwargs,
-        pairs=True,
-    )
+    """Errors of B winners, then B losers, that share what is drawn at random."""
+    latents = check_tensor("noisy_latents", inputs[2])
+    if latents.ndim == 0 or len(latents) % 2:
+        raise bad("noisy_latents", "an even batch: winners first, then their losers", f"{tuple(latents.shape)}")
+    return ncp._errors(*inputs, ref_pred, variance_noise, generator, model_kwargs, pairs=True)

@@ -111,7 +111,7 @@ class NoiseSchedule:
         return self._on(timesteps.device)[1][timesteps.long()]
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
-        """t' for each t: ``t - step``, -1 (the clean end) past the last step and for "clean", any of T for "uniform"."""
+        """t' for: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
         if step == "clean":
             return torch.full_like(timesteps, -1)
         if step == "uniform":
@@ -175,10 +175,8 @@ class NoiseSchedule:
         """A, B and s of the step from ``t`` to ``after``, in float64."""
         alpha, sigma, alpha_, sigma_ = self.alpha(t), self.sigma(t), self.alpha(after), self.sigma(after)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-        if isinstance(step, int):
-            s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt()
-        else:
-            s = zero
+        posterior = isinstance(step, int)  # eta = 1
+        s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt() if posterior else zero
         noise = (sigma_.square() - s.square()).clamp(min=0).sqrt()
         # The estimates of x_0 and eps, each as (factor of x_t, factor of the prediction).
         x_0, eps = {

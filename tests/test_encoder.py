@@ -97,7 +97,7 @@ def test_an_errors_calls_flops_are_three_encoder_forwards_and_one_backward():
     assert counter.get_total_flops() == pytest.approx(3 * one, rel=0.01)
     with FlopCounterMode(display=False) as counter:
         error.sum().backward()
-    # To the latents only: a linear layer's backward costs its forward, attention's twice and a half and a recomputation.
+    # To the latents only: a linear layer's backward costs its forward, attention's two and a half of them.
     assert one * 0.9 < counter.get_total_flops() < one * 1.7
 
 
@@ -107,7 +107,9 @@ def owned_bytes(ncp, unet) -> int:
     return sum(size for pointer, size in ours.items() if pointer not in theirs)
 
 
-@pytest.mark.parametrize("layer", ["down_blocks", "mid_block", "down_blocks.1", "down_blocks.1.attentions.0", "up_blocks.1"])
+@pytest.mark.parametrize(
+    "layer", ["down_blocks", "mid_block", "down_blocks.1", "down_blocks.1.attentions.0", "up_blocks.1"]
+)
 @pytest.mark.parametrize("make", [sd15, sdxl])
 def test_a_frozen_model_is_shared_and_a_trainable_one_copied_as_far_as_the_layer(make, layer):
     unet = make(dtype=torch.float32)

@@ -107,7 +107,8 @@ def test_objectives_pass_gradcheck(loss_type):
     errors = [e.requires_grad_() for e in columns([(0.3, 0.7, 0.35, 0.6), (0.9, 0.1, 0.5, 0.4)])]
     for smoothing in (0.0, 0.2) if loss_type == "sigmoid" else (0.0,):
         assert torch.autograd.gradcheck(
-            lambda *e, s=smoothing: dpo_loss(*e, beta=2.0, loss_type=loss_type, label_smoothing=s, reduction="none"), errors
+            lambda *e, s=smoothing: dpo_loss(*e, beta=2.0, loss_type=loss_type, label_smoothing=s, reduction="none"),
+            errors,
         )
     assert torch.autograd.gradcheck(lambda *e: cpo_loss(*e, beta=2.0, sft_weight=0.3, reduction="none"), errors[:2])
     assert torch.autograd.gradcheck(lambda e: sft_loss(e, reduction="none"), errors[:1])

@@ -26,7 +26,9 @@ def oracle_path(unet, layer: str) -> str:
     return f"down_blocks.{len(unet.down_blocks) - 1}" if layer == "down_blocks" else layer
 
 
-def oracle_errors(unet, layer: str, prediction_type: str, arguments: dict, prediction: str = "model_pred", **options) -> Tensor:
+def oracle_errors(
+    unet, layer: str, prediction_type: str, arguments: dict, prediction: str = "model_pred", **options
+) -> Tensor:
     extra = {"added_cond_kwargs": arguments["added_cond_kwargs"]} if "added_cond_kwargs" in arguments else {}
     return oracle.batch_errors(
         unet,
@@ -74,7 +76,9 @@ def test_longer_steps_use_the_posterior_further_back(step):
     unet = UNETS["sd15"]
     arguments = batch(unet, 4, timesteps=TIMESTEPS)
     ncp = NoiseConditionedPerceptualLoss(unet, step=step)
-    assert relative(ncp.errors(**arguments)[0], oracle_errors(unet, "down_blocks", "epsilon", arguments, step=step)) < 1e-9
+    assert (
+        relative(ncp.errors(**arguments)[0], oracle_errors(unet, "down_blocks", "epsilon", arguments, step=step)) < 1e-9
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -88,7 +92,9 @@ def test_the_clean_step_compares_estimates_of_x0_at_timestep_zero(prediction_typ
             oracle.features(
                 unet,
                 "down_blocks.3",
-                oracle.clean(prediction_type, arguments[name][i : i + 1], arguments["noisy_latents"][i : i + 1], t, ABAR),
+                oracle.clean(
+                    prediction_type, arguments[name][i : i + 1], arguments["noisy_latents"][i : i + 1], t, ABAR
+                ),
                 0,
                 arguments["encoder_hidden_states"][i : i + 1],
             )
@@ -108,7 +114,9 @@ def test_the_uniform_step_renoises_at_a_timestep_drawn_from_the_generator():
             oracle.features(
                 unet,
                 "down_blocks.3",
-                oracle.renoise("epsilon", arguments[name][i : i + 1], arguments["noisy_latents"][i : i + 1], t, after, ABAR),
+                oracle.renoise(
+                    "epsilon", arguments[name][i : i + 1], arguments["noisy_latents"][i : i + 1], t, after, ABAR
+                ),
                 after,
                 arguments["encoder_hidden_states"][i : i + 1],
             )
@@ -142,23 +150,25 @@ def test_dpo_loss_and_gradient_on_pairs_equal_equation_18(loss_type):
     arguments = batch(unet, 2, pairs=True, timesteps=[1, 600])
     smoothing = 0.1 if loss_type == "sigmoid" else 0.0
     ncp = NoiseConditionedPerceptualLoss(unet)
-    out = ncp_dpo_loss(
-        ncp, **arguments, beta=beta, loss_type=loss_type, label_smoothing=smoothing, reduction="none"
-    )
+    out = ncp_dpo_loss(ncp, **arguments, beta=beta, loss_type=loss_type, label_smoothing=smoothing, reduction="none")
     error = oracle_errors(unet, "down_blocks", "epsilon", arguments)
     ref = oracle_errors(unet, "down_blocks", "epsilon", arguments, "ref_pred").detach()
     truth = oracle.dpo(*error.detach().chunk(2), *ref.chunk(2), beta, loss_type, smoothing)
     torch.testing.assert_close(out.loss, torch.tensor(truth, dtype=torch.float64), rtol=1e-9, atol=1e-15)
 
-    # The chain rule by hand: dL/d error from a difference quotient of the oracle's losses, d error/d pred from its graph.
+    # The chain rule by hand: dL/d error from difference quotients of the oracle, d error/d pred from its graph.
     (gradient,) = torch.autograd.grad(out.loss.sum(), arguments["model_pred"])
     slopes = []
     for i in range(4):
         h = 1e-5 * error[i].item()
-        moved = [error.detach().index_add(0, torch.tensor([i]), torch.tensor([s * h], dtype=torch.float64)) for s in (1, -1)]
+        moved = [
+            error.detach().index_add(0, torch.tensor([i]), torch.tensor([s * h], dtype=torch.float64)) for s in (1, -1)
+        ]
         up, down = (sum(oracle.dpo(*m.chunk(2), *ref.chunk(2), beta, loss_type, smoothing)) for m in moved)
         slopes.append((up - down) / (2 * h))
-    (true_gradient,) = torch.autograd.grad((error * torch.tensor(slopes, dtype=torch.float64)).sum(), arguments["model_pred"])
+    (true_gradient,) = torch.autograd.grad(
+        (error * torch.tensor(slopes, dtype=torch.float64)).sum(), arguments["model_pred"]
+    )
     assert relative(gradient, true_gradient) < 1e-5
     expected = {
         "raw_model_loss": error.mean(),

@@ -20,7 +20,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete"])
+@pytest.mark.parametrize(
+    "name", ["DDPM", "DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete"]
+)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_every_scheduler_gives_stable_diffusions_schedule_in_float64(name, prediction_type):
     scheduler = getattr(diffusers, f"{name}Scheduler")(**SD, prediction_type=prediction_type)
@@ -29,8 +31,12 @@ def test_every_scheduler_gives_stable_diffusions_schedule_in_float64(name, predi
     truth = torch.tensor(oracle.cumulative_alphas(BETAS), dtype=torch.float64)
     assert schedule.prediction_type == prediction_type
     assert schedule.alpha(t).dtype == torch.float64
-    torch.testing.assert_close(schedule.alpha(t).square(), truth, rtol=1e-6, atol=0)  # the scheduler's betas are float32
-    torch.testing.assert_close(schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones_like(truth), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        schedule.alpha(t).square(), truth, rtol=1e-6, atol=0
+    )  # the scheduler's betas are float32
+    torch.testing.assert_close(
+        schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones_like(truth), rtol=1e-15, atol=0
+    )
 
 
 def test_the_default_is_stable_diffusions_own_to_the_last_digit():
@@ -81,7 +87,9 @@ def test_the_true_prediction_lands_on_the_forward_process(t, step, kind):
     else:
         mean = back.latents(alpha * x_0 + sigma * eps, o, None)
         noise = (schedule.sigma(torch.tensor([after])).square() - back.s.square()).sqrt()
-        torch.testing.assert_close(mean, schedule.alpha(torch.tensor([after])) * x_0 + noise * eps, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            mean, schedule.alpha(torch.tensor([after])) * x_0 + noise * eps, rtol=1e-9, atol=1e-12
+        )
     assert back.timesteps.item() == after
 
 

@@ -1,0 +1,193 @@
+"""view: a second module tree over a model's own weights, without its adapters, wrappers and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from .checks import bad
+
+M = TypeVar("M", bound=nn.Module)
+
+# Instance state that redirects a call to the module it was made for: accelerate's mixed-precision and offload wrappers,
+# adapters that override `forward` on the instance, `module.compile()`.
+_BOUND_TO_ORIGINAL = ("forward", "_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+
+
+def frozen_view(model: M) -> M:
+    """The model without its adapters, sharing its weights: a reference model at no cost.
+
+    A second module tree over the same parameters. PEFT's tuner layers (LoRA, DoRA, LoHa, ...) are replaced by the layer
+    they wrap, wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are left out, and nothing of
+    ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view is in eval mode,
+    without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning, is
+    copied, so that the view stays where it is while the model trains; freeze first to share.
+
+    Args:
+        model: any diffusers model, or a wrapper around one.
+
+    Returns:
+        A module of the unwrapped model's class, to be called like it, under ``torch.no_grad()``.
+
+    Raises:
+        ValueError: an adapter is merged into the weights, so that the base model no longer exists.
+
+    >>> from torch import nn
+    >>> layer = nn.Linear(2, 2).requires_grad_(False)
+    >>> frozen_view(layer).weight is layer.weight
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise bad("model", "a torch.nn.Module", type(model).__name__, TypeError)
+    view, _ = twin_of(model)
+    own_trainable(view, {name for name, _ in view.named_modules()})
+    return view  # type: ignore[return-value]
+
+
+class Link(NamedTuple):
+    """Where the user's model holds a layer whose twin the view has."""
+
+    path: str
+    modules: dict[str, nn.Module | None]
+    key: str
+    twin: nn.Module
+    adapted: bool
+
+
+def twin_of(model: nn.Module) -> tuple[nn.Module, list[Link]]:
+    """The twin of the model inside all wrappers, and where each of its layers came from."""
+    links: list[Link] = []
+    return _twin(_unwrapped(model), "", {}, links), links
+
+
+class _Shared(NamedTuple):
+    """A tensor of the user's model that the view computes with: where it lives, and its state as it was shared."""
+
+    path: str
+    home: dict[str, Tensor | None]
+    key: str
+    tensor: Tensor
+    version: int
+
+
+class Watch:
+    """Tells when the weights that a view shares are no longer the base model's, without reading a value of them."""
+
+    def __init__(self, view: nn.Module, links: list[Link], used: Container[str], owned: list[nn.Module]) -> None:
+        own = {id(module) for module in owned}
+        modules = {name: module for name, module in view.named_modules() if name in used}
+        self._shared = [
+            _Shared(f"{name}.{key}", home, key, tensor, tensor._version)
+            for name, module in modules.items()
+            if id(module) not in own
+            for home in (module._parameters, module._buffers)
+            for key, tensor in home.items()
+            if tensor is not None
+        ]
+        twins = {id(module) for module in modules.values()}
+        self._links = [link for link in links if id(link.twin) in twins]
+
+    def check(self) -> None:
+        """Raises where a shared tensor became trainable or changed, or an adapter was merged into one."""
+        for i, (path, home, key, tensor, version) in enumerate(self._shared):
+            now = home.get(key)
+            if now is None or now.requires_grad:
+                raise _moved(path, "was removed" if now is None else "became trainable")
+            if now is not tensor and (now.device, now.dtype) != (tensor.device, tensor.dtype):
+                self._shared[i] = _Shared(path, home, key, now, now._version)  # model.to(...) replaces buffers
+            elif now is not tensor or now._version != version:
+                raise _moved(path, "was changed")
+        for i, link in enumerate(self._links):
+            layer = link.modules.get(link.key)
+            adapted = layer is not None and _base_layer(layer, link.path) is not layer  # raises where one is merged
+            if link.adapted and not adapted:
+                raise _moved(link.path, "lost its adapter, which may have been merged into it")
+            if adapted and not link.adapted:
+                self._links[i] = link._replace(adapted=True)
+
+    def __getstate__(self) -> list[_Shared]:
+        return self._shared  # a copy has weights of its own, and no part in the user's adapters
+
+    def __setstate__(self, state: list[_Shared]) -> None:
+        self._links = []
+        self._shared = [shared._replace(version=shared.tensor._version) for shared in state]
+
+
+def own_trainable(view: nn.Module, used: Container[str]) -> list[nn.Module]:
+    """Give each used module with a trainable weight tensors of its own; return those modules."""
+    copies: dict[int, Tensor] = {}  # tied weights stay tied
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copy = tensor.detach().clone()
+            copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+        return copies[id(tensor)]
+
+    owned = []
+    for name, module in view.named_modules():
+        if name in used and any(p is not None and p.requires_grad for p in module._parameters.values()):
+            for home in ("_parameters", "_buffers"):
+                tensors = vars(module)[home]
+                vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
+            owned.append(module)
+    return owned
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel, DeepSpeed's engine, torch.compile or PeftModel, in any nesting."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif list(model._modules) == ["module"]:
+            model = model._modules["module"]  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def _base_layer(module: nn.Module, path: str) -> nn.Module:
+    """The layer inside PEFT's tuner layers; one that has been merged into is no longer the base model's."""
+    while True:
+        if getattr(module, "merged", False) is True:
+            raise ValueError(
+                f"unet must have no merged adapter: one is merged into {path!r}, so the base weights are not there; "
+                "unmerge it first (unmerge_adapter(), unfuse_lora())"
+            )
+        for inner in ("base_layer", "original_module", "_orig_mod"):
+            if inner in module._modules:
+                module = module._modules[inner]  # type: ignore[assignment]
+                break
+        else:
+            return module
+
+
+def _twin(module: nn.Module, path: str, memo: dict[int, nn.Module], links: list[Link]) -> nn.Module:
+    """The containers anew, parameters and buffers shared; no adapters, hooks or instance overrides."""
+    module = _base_layer(module, path)
+    if id(module) in memo:
+        return memo[id(module)]
+    twin = memo[id(module)] = object.__new__(type(module))
+    state = {name: value for name, value in vars(module).items() if name not in _BOUND_TO_ORIGINAL}
+    # The dictionaries of tensors are shared, not only the tensors, so that model.to(...) reaches the twin too.
+    tensors = {name: state[name] for name in ("_parameters", "_buffers", "_non_persistent_buffers_set")}
+    state |= vars(nn.Module()) | tensors | {"training": False}
+    if "gradient_checkpointing" in state:
+        state["gradient_checkpointing"] = False
+        state.pop("_gradient_checkpointing_func", None)
+    vars(twin).update(state)
+    for name, child in module._modules.items():
+        below = f"{path}.{name}".lstrip(".")
+        twin._modules[name] = made = None if child is None else _twin(child, below, memo, links)
+        if child is not None and made is not None:
+            links.append(Link(below, module._modules, name, made, _base_layer(child, below) is not child))
+    return twin
+
+
+def _moved(path: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"unet's base weights must stay as they were when the loss was built, which shares them: {path} {what}. "
+        "Build the loss again; where weights are trainable by then, it keeps a copy of the part it needs"
+    )

@@ -1,0 +1,314 @@
+"""A bad argument is named and told what it must be: one row for each way to be wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from models import batch, sdxl
+from torch import Tensor, nn
+from users import small
+
+from ncp_loss import NoiseConditionedPerceptualLoss as NCP
+from ncp_loss import NoiseSchedule, cpo_loss, dpo_loss, frozen_view, ncp_cpo_loss, ncp_dpo_loss, ncp_sft_loss, sft_loss
+
+SIZE = {"height": 8, "width": 8}
+NAN = float("nan")
+Call = Callable[..., Any]
+
+
+class Bad(NamedTuple):
+    """A call that must raise ``error``, with a message that starts with ``message``."""
+
+    id: str
+    call: Callable[[], Any]
+    message: str
+    error: type[Exception] = ValueError
+
+
+@cache
+def unet() -> nn.Module:
+    return small(torch.float32)
+
+
+@cache
+def ncp() -> NCP:
+    return NCP(unet())
+
+
+@cache
+def xl() -> NCP:
+    return NCP(sdxl(dtype=torch.float32), "down_blocks.0")
+
+
+def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """With some arguments replaced, by a value or by a function of what was there."""
+    new = {k: v(arguments[k].detach()) if callable(v) else v for k, v in changes.items()}
+    return arguments | new
+
+
+def built(id: str, message: str, error: type[Exception] = ValueError, **options: Any) -> Bad:
+    return Bad(f"built {id}", lambda: NCP(**{"unet": unet()} | options), message, error)
+
+
+def errors(id: str, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
+    return Bad(id, lambda: ncp().errors(**changed(batch(unet(), **SIZE), changes)), message, error)
+
+
+def pairs(id: str, message: str, error: type[Exception] = ValueError, use: Call = ncp_dpo_loss, **changes: Any) -> Bad:
+    return Bad(f"pairs {id}", lambda: use(ncp(), **changed(batch(unet(), pairs=True, **SIZE), changes)), message, error)
+
+
+def xl_errors(**changes: Any) -> Any:
+    return xl().errors(**changed(batch(xl()._encoder.view, **SIZE), changes))
+
+
+def added(id: str, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
+    cond = batch(xl()._encoder.view, **SIZE)["added_cond_kwargs"]
+    return Bad(f"added {id}", partial(xl_errors, added_cond_kwargs=changed(cond, changes)), message, error)
+
+
+def objective(use: Call, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
+    names = {dpo_loss: 4, cpo_loss: 2, sft_loss: 1}[use]
+    good = dict.fromkeys(
+        ["chosen_error", "rejected_error", "ref_chosen_error", "ref_rejected_error"][:names], torch.ones(4)
+    )
+    return Bad(f"{use.__name__} {changes}"[:70], lambda: use(**changed(good, changes)), message, error)
+
+
+def on_meta(x: Tensor) -> Tensor:
+    return x.to("meta")
+
+
+WRONG_SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
+    "rank": lambda x: x[0],
+    "channels": lambda x: x[:, :3],
+    "batch": lambda x: x[:1],
+    "width": lambda x: x[..., :4],
+}
+LIKE_LATENTS = ("model_pred", "target", "ref_pred", "variance_noise")
+ROWS: list[Bad] = []
+
+for name in LIKE_LATENTS:
+    ROWS += [
+        errors(f"{name}: {what}", f"{name} must be shaped like noisy_latents, shaped (2, 4, 8, 8)", **{name: wrong})
+        for what, wrong in WRONG_SHAPE.items()
+    ]
+for name in ("noisy_latents", *LIKE_LATENTS):
+    ROWS += [
+        errors(f"{name}: integer", f"{name} must be a floating-point tensor", TypeError, **{name: Tensor.long}),
+        errors(f"{name}: bytes", f"{name} must be a floating-point tensor", TypeError, **{name: Tensor.byte}),
+        errors(f"{name}: list", f"{name} must be a tensor; it was list", TypeError, **{name: [1.0]}),
+    ]
+ROWS += [
+    *[
+        errors(f"{name}: device", f"{name} must be on the device of noisy_latents", **{name: on_meta})
+        for name in LIKE_LATENTS
+    ],
+    errors("noisy_latents: rank", "noisy_latents must be shaped (B, 4, H, W)", noisy_latents=lambda x: x[0]),
+    errors("noisy_latents: channels", "noisy_latents must be shaped (B, 4, H, W)", noisy_latents=lambda x: x[:, :3]),
+    errors("noisy_latents: device", "target must be on the device of noisy_latents, meta", noisy_latents=on_meta),
+    Bad("no rows", lambda: ncp().errors(**{k: v[:0] for k, v in batch(unet(), **SIZE).items()}), "noisy_latents must"),
+    # timesteps
+    errors("timesteps: negative", "timesteps must be in [0, 1000); it was in [-1, 5]", timesteps=torch.tensor([-1, 5])),
+    errors("timesteps: T", "timesteps must be in [0, 1000); it was in [5, 1000]", timesteps=torch.tensor([5, 1000])),
+    errors("timesteps: past T", "timesteps must be in [0, 1000)", timesteps=torch.tensor(2000)),
+    errors("timesteps: fraction", "timesteps must be whole numbers", timesteps=torch.tensor([3.5, 5.0])),
+    errors("timesteps: nan", "timesteps must be whole numbers", timesteps=torch.tensor([NAN, 5.0])),
+    errors("timesteps: batch", "timesteps must be 0-dimensional or of shape (2,)", timesteps=lambda t: t[:1]),
+    errors("timesteps: rank", "timesteps must be 0-dimensional or of shape (2,)", timesteps=lambda t: t[:, None]),
+    errors("timesteps: int", "timesteps must be a tensor; it was int", TypeError, timesteps=5),
+    errors("timesteps: list", "timesteps must be a tensor; it was list", TypeError, timesteps=[5, 6]),
+    errors("timesteps: device", "timesteps must be on the device of noisy_latents", timesteps=on_meta),
+    # text
+    errors("text: none", "encoder_hidden_states must be given", encoder_hidden_states=None),
+    errors("text: list", "encoder_hidden_states must be a tensor", TypeError, encoder_hidden_states=["a", "cat"]),
+    errors("text: batch", "encoder_hidden_states must be one row per sample, 2", encoder_hidden_states=lambda c: c[:1]),
+    errors("text: no batch", "encoder_hidden_states must be one row per", encoder_hidden_states=lambda c: c[0]),
+    errors("text: rank", "encoder_hidden_states must be", encoder_hidden_states=lambda c: c[:, 0]),
+    errors("text: width", "encoder_hidden_states must be", encoder_hidden_states=lambda c: c[..., :7]),
+    errors("text: token ids", "encoder_hidden_states must be", TypeError, encoder_hidden_states=Tensor.long),
+    errors("text: device", "encoder_hidden_states must be on", encoder_hidden_states=on_meta),
+]
+
+for name in ("text_embeds", "time_ids"):
+    key = f"added_cond_kwargs['{name}'] must be"
+    ROWS += [
+        added(f"{name}: batch", f"{key} one row per sample, 2", **{name: lambda x: x[:1]}),
+        added(f"{name}: no batch", f"{key} one row per sample, 2", **{name: lambda x: x[0]}),
+        added(f"{name}: width", "added_cond_kwargs", **{name: lambda x: x[:, :3]}),
+        added(f"{name}: device", f"{key} on", **{name: on_meta}),
+        added(f"{name}: list", f"{key} a tensor", TypeError, **{name: [[1.0]]}),
+    ]
+ROWS.append(added("text_embeds: rank", "added_cond_kwargs['text_embeds'] must be", text_embeds=lambda x: x[:, None]))
+ROWS += [
+    Bad(
+        f"added: {list(value or [])}",
+        partial(xl_errors, added_cond_kwargs=value),
+        "added_cond_kwargs must be a dict with text_embeds and time_ids",
+    )
+    for value in (None, {}, {"text_embeds": torch.ones(2, 8)}, {"time_ids": torch.ones(2, 6)})
+]
+
+SAME = "must be the same for both members of a pair (winners first, then losers)"
+BETA, SMOOTHING = "beta must be a positive number", "label_smoothing must be"
+ROWS += [
+    pairs("odd", "noisy_latents must be an even batch", noisy_latents=lambda x: x[:3]),
+    pairs("odd, cpo", "noisy_latents must be an even batch", use=ncp_cpo_loss, noisy_latents=lambda x: x[:3]),
+    pairs("timesteps", f"timesteps {SAME}", timesteps=torch.tensor([1, 2, 3, 4])),
+    pairs("timesteps, cpo", f"timesteps {SAME}", use=ncp_cpo_loss, timesteps=torch.tensor([1, 2, 3, 4])),
+    pairs("noise", f"target (the noise) {SAME}", target=torch.randn_like),
+    pairs("variance_noise", f"variance_noise {SAME}", variance_noise=torch.randn_like),
+    # Half the rows: what a loop has before it repeats them for winners and losers.
+    pairs("half the timesteps", "timesteps must be 0-dimensional or of shape (4,)", timesteps=torch.tensor([1, 2])),
+    pairs("half the target", "target must be shaped like noisy_latents", target=lambda x: x[:2]),
+    pairs("half the z", "variance_noise must be shaped like noisy_latents", variance_noise=lambda x: x[:2]),
+    pairs("timesteps: list", "timesteps must be a tensor", TypeError, timesteps=[1, 1, 1, 1]),
+    pairs("variance_noise: list", "variance_noise must be a tensor", TypeError, variance_noise=[1.0]),
+    pairs("both references", "ref_pred, ref_error must be given one without the other", ref_error=torch.ones(4)),
+    pairs("no reference", "ref_pred, ref_error must be given one without the other", ref_pred=None),
+    *[
+        pairs(f"ref_error: {id}", f"ref_error must be {must}", error, ref_pred=None, ref_error=value)
+        for id, value, must, error in [
+            ("column", torch.ones(4, 1), "shaped like the batch's errors, shaped (4,)", ValueError),
+            ("half", torch.ones(2), "shaped like the batch's errors, shaped (4,)", ValueError),
+            ("device", torch.ones(4, device="meta"), "on the device of the batch's errors", ValueError),
+            ("integer", torch.ones(4).long(), "a floating-point tensor", TypeError),
+            ("list", [1.0] * 4, "a tensor", TypeError),
+        ]
+    ],
+    pairs("beta", BETA, beta=0.0),
+    pairs("loss_type", "loss_type must be one of 'hinge', 'ipo', 'sigmoid'; it was 'kto'", loss_type="kto"),
+    pairs("smoothing", f"{SMOOTHING} in [0, 0.5)", label_smoothing=0.5),
+    pairs("reduction", "reduction must be one of 'mean', 'none', 'sum'; it was 'avg'", reduction="avg"),
+    # the objectives alone
+    *[objective(use, f"{BETA}; it was {beta!r}", beta=beta) for use in (dpo_loss, cpo_loss) for beta in (0, -1.0, NAN)],
+    *[objective(dpo_loss, f"{SMOOTHING} in [0, 0.5)", label_smoothing=value) for value in (0.5, -0.1, 1, NAN)],
+    objective(dpo_loss, f"{SMOOTHING} 0 for loss_type='hinge'", label_smoothing=0.1, loss_type="hinge"),
+    objective(dpo_loss, f"{SMOOTHING} 0 for loss_type='ipo'", label_smoothing=0.1, loss_type="ipo"),
+    objective(dpo_loss, "loss_type must be one of 'hinge', 'ipo', 'sigmoid'; it was 'x'", loss_type="x"),
+    *[objective(cpo_loss, "sft_weight must be not negative", sft_weight=value) for value in (-1.0, NAN)],
+    *[objective(use, "reduction must be one of", reduction="avg") for use in (dpo_loss, cpo_loss, sft_loss)],
+    objective(dpo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(4, 1)),
+    objective(dpo_loss, "ref_rejected_error must be shaped like chosen_error", ref_rejected_error=torch.ones(1)),
+    objective(dpo_loss, "ref_chosen_error must be on the device of chosen_error", ref_chosen_error=on_meta),
+    objective(dpo_loss, "ref_chosen_error must be a floating-point tensor", TypeError, ref_chosen_error=Tensor.long),
+    objective(cpo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(3)),
+    *[
+        objective(use, "chosen_error must be one error per sample", chosen_error=torch.ones(4, 1))
+        for use in (dpo_loss, sft_loss)
+    ],
+    objective(sft_loss, "chosen_error must be one error per sample", chosen_error=torch.tensor(1.0)),
+    objective(sft_loss, "chosen_error must be a tensor", TypeError, chosen_error=[1.0]),
+]
+
+ROWS += [
+    built("with a string", "unet must be a torch.nn.Module; it was str", TypeError, unet="stabilityai/sdxl"),
+    built("with a method", "unet must be a torch.nn.Module; it was method", TypeError, unet=nn.Identity().forward),
+    Bad("view of a string", lambda: frozen_view("sdxl"), "model must be a torch.nn.Module; it was str", TypeError),
+    *[
+        built(f"layer {layer}", f"layer must be {must}", layer=layer)
+        for layer, must in {
+            "": "a module path of the model",
+            "down_block": "a module path of the model, such as ['down_blocks', 'down_blocks.0', 'down_blocks.1'",
+            "down_blocks.7": "a module path of the model, such as ['down_blocks', 'down_blocks.0', ",
+            "down_blocks.-3": "a module path of the model, such as ['down_blocks', 'down_blocks.0', ",
+            "down_blocks.0.resnet.0": "a module path of the model, such as ['down_blocks.0.resnets'",
+            (): "one module path or more",
+            ("down_blocks", "down_blocks.1"): "different modules",
+            ("down_blocks", "down_blocks"): "different modules",
+        }.items()
+    ],
+    *[
+        built(
+            f"weight {weight}",
+            "layer must be one module path or more, with positive weights",
+            layer={"mid_block": weight},
+        )
+        for weight in (0, -1.0, NAN)
+    ],
+    built("no weights", "layer must be one module path or more", layer={}),
+    built("no layer", "layer must be", TypeError, layer=None),
+    *[
+        built(f"step {x}", "step must be a positive int, 'uniform' or 'clean'", step=x)
+        for x in (0, -1, True, 2.5, "all", None)
+    ],
+    built("difference", "difference must be one of 'auto', ", difference="exact"),
+    built("weighting", "weighting must be one of 'noise', None; it was 'snr'", weighting="snr"),
+    built("impl", "impl must be one of 'auto', 'eager'", impl="cuda"),
+    built("reduction", "reduction must be one of 'mean', 'none', 'sum'", reduction="avg"),
+    *[
+        built(
+            f"schedule {type(x).__name__}",
+            "schedule must be a NoiseSchedule, a diffusers scheduler",
+            TypeError,
+            schedule=x,
+        )
+        for x in ("ddpm", 1000, DDPMScheduler, FlowMatchEulerDiscreteScheduler())
+    ],
+    built(
+        "epsilon, zero terminal SNR",
+        "prediction_type must be 'v_prediction' or 'sample' for a schedule with zero terminal SNR",
+        schedule=DDPMScheduler(rescale_betas_zero_snr=True),
+    ),
+    *[
+        Bad(
+            f"betas {betas}",
+            lambda betas=betas: NoiseSchedule(betas),
+            "betas must be a 1-D sequence of values in (0, 1]",
+        )
+        for betas in ([], [0.1, 0.0], [-0.1], [0.1, 1.1], [NAN], [[0.1]], 0.1)
+    ],
+    Bad(
+        "prediction",
+        lambda: NoiseSchedule([0.1], "noise"),
+        "prediction_type must be one of 'epsilon', 'sample', 'v_pred",
+    ),
+    Bad("terminal", lambda: NoiseSchedule([0.1, 1.0]), "prediction_type must be 'v_prediction' or 'sample'"),
+]
+
+
+def features(**changes: Any) -> Any:
+    arguments = changed(batch(unet(), **SIZE), changes)
+    return ncp().features(*[arguments[name] for name in ("noisy_latents", "timesteps", "encoder_hidden_states")])
+
+
+ROWS += [
+    Bad("features: rank", lambda: features(noisy_latents=lambda x: x[0]), "latents must be shaped (B, 4, H, W)"),
+    Bad("features: integer", lambda: features(noisy_latents=Tensor.byte), "latents must be a floating", TypeError),
+    Bad(
+        "features: timesteps",
+        lambda: features(timesteps=lambda t: t[:1]),
+        "timesteps must be 0-dimensional or of shape",
+    ),
+    Bad("features: text", lambda: features(encoder_hidden_states=None), "encoder_hidden_states must be given"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{i}: {row.message[:70]}" for i, row in enumerate(ROWS)])
+def test_a_bad_argument_is_named_and_told_what_it_must_be(row: Bad) -> None:
+    with pytest.raises(row.error, match="^" + re.escape(row.message)) as raised:
+        row.call()
+    assert type(raised.value) is row.error
+
+
+def test_without_the_change_every_row_is_a_good_call() -> None:
+    for use in (ncp_dpo_loss, ncp_cpo_loss, ncp_sft_loss):
+        arguments = batch(unet(), pairs=True, **SIZE)
+        if use is not ncp_dpo_loss:
+            del arguments["ref_pred"]
+        assert use(ncp(), **arguments).loss.isfinite()
+    for loss in (ncp(), xl()):
+        assert all(error.isfinite().all() for error in loss.errors(**batch(loss._encoder.view, **SIZE)))
+    assert features()
+
+
+def test_pairs_may_differ_in_a_target_that_is_not_the_noise() -> None:
+    velocity = NCP(unet(), schedule=DDPMScheduler(prediction_type="v_prediction"))
+    arguments = changed(batch(unet(), pairs=True, **SIZE), {"target": torch.randn_like})
+    assert ncp_dpo_loss(velocity, **arguments).loss.isfinite()
