@@ -66,13 +66,15 @@ def check_errors(**errors: Tensor) -> None:
         check_like(name, value, first, reference)
 
 
-def check_latents(name: str, latents: Tensor, channels: int | None, **others: Tensor) -> None:
+def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool = False, **others: Tensor) -> None:
     """What the model takes, (B, C, H, W) where its first layer is a convolution; the others are shaped like it."""
     shape = check_floating(name, latents).shape
     if channels is not None and (len(shape) != 4 or shape[1] != channels):
         raise bad(name, f"shaped (B, {channels}, H, W), as the model takes them", _shape(latents))
     if len(shape) < 2 or shape[0] == 0:
         raise bad(name, "a batch of one row or more", _shape(latents))
+    if pairs and shape[0] % 2:
+        raise bad(name, "an even batch: winners first, then their losers", _shape(latents))
     for other, value in others.items():
         check_like(other, value, name, latents)
 

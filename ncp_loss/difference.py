@@ -32,18 +32,26 @@ class Estimator(NamedTuple):
 
 
 def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimator:
-    """The estimator for what the model computes in, after benchmarks/precision.py.
+    """The estimator for what the model computes in; the reaches are those that benchmarks/precision.py found best.
 
-    "auto" is the definition where rounding leaves it standing, and otherwise the cheapest that is right.
+    "auto" is the cheapest that is right: the definition itself in float64, "scaled" in float32, at the same cost and
+    the definition again where that is no shorter, and "central" where rounding is coarser.
     """
-    # TF32 rounds what enters a matrix product to fp16's mantissa; cuDNN's convolutions do so by default.
-    tf32 = device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+    coarse = dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and _uses_tf32(device))
     if difference == "auto":
-        exact = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
-        difference = "literal" if exact else "central"
+        difference = "central" if coarse else "literal" if dtype == torch.float64 else "scaled"
     if dtype == torch.bfloat16:
-        return Estimator(difference, reach=0.07, graph_at_end=difference != "central")
-    return Estimator(difference, reach=0.02)
+        return Estimator(difference, reach=0.06, graph_at_end=difference != "central")
+    return Estimator(difference, reach=0.02 if coarse else 0.001)
+
+
+def _uses_tf32(device: torch.device) -> bool:
+    """Whether matrix products are given inputs rounded to fp16's mantissa, as cuDNN's convolutions are by default."""
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends)  # type: ignore[attr-defined]
+    chosen = [getattr(backend, "fp32_precision", "none") for backend in backends]
+    if chosen[0] == "none":  # before the setting had a name for each operator
+        return device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    return device.type == "cuda" and "tf32" in chosen
 
 
 class FeatureDifference(NamedTuple):
@@ -56,7 +64,7 @@ class FeatureDifference(NamedTuple):
     plus: Features
     minus: Features | None  # None: 0, where plus is a derivative already
     scale: Tensor  # (B,), exactly 0 where the displacement is
-    target: Features  # at x*, or near enough to tell how large features are
+    target: Features | None  # at x*; None: half way between plus and minus
     graph: Features | None = None
     gate: Tensor | None = None
 
@@ -101,26 +109,25 @@ def feature_differences(
     """
     d = displacement.detach()
     moves = [d] if ref_displacement is None else [d, ref_displacement]
+    trains = torch.is_grad_enabled() and displacement.requires_grad
+    features: dict[int, Features] = {}
     if estimator.kind == "tangent":
-        found = _tangents(encode, base, moves)
-        entered, gate = Enter.apply(base + displacement)
-        graph = encode(entered)
-        results = [FeatureDifference(plus, None, scale, target) for plus, scale, target in found]
+        results, moving = _tangents(encode, base, moves), base + d
     else:
         ends = [_ends(base, move, estimator) for move in moves]
         moving = ends[0].plus if estimator.graph_at_end else base + d
-        fixed = {id(x): x for end in ends for x in (end.plus, end.minus) if x is not moving}
+        fixed = {id(x): x for end in ends for x in (end.plus, end.minus) if not (trains and x is moving)}
         with torch.no_grad():
-            features = dict(zip(fixed, _evaluate(encode, list(fixed.values())), strict=True))
+            features |= zip(fixed, _split(encode(torch.cat(list(fixed.values()))), len(fixed)), strict=True)
+    if trains:
         entered, gate = Enter.apply(moving + (displacement - d))  # the value of moving, the derivative of displacement
-        graph = encode(entered)
-        features[id(moving)] = graph
-        results = [
-            FeatureDifference(features[id(end.plus)], features[id(end.minus)], end.scale, features[id(end.minus)])
-            for end in ends
-        ]
-    model = results[0]._replace(graph=graph, gate=gate)
-    return model, results[1] if len(results) > 1 else None
+        features[id(moving)] = graph = encode(entered)
+    if estimator.kind != "tangent":
+        target = None if estimator.kind == "central" else features[id(base)]
+        results = [FeatureDifference(features[id(x.plus)], features[id(x.minus)], x.scale, target) for x in ends]
+    if trains:
+        results[0] = results[0]._replace(graph=graph, gate=gate)
+    return results[0], results[1] if len(results) > 1 else None
 
 
 class _Ends(NamedTuple):
@@ -148,28 +155,24 @@ def _ends(base: Tensor, d: Tensor, estimator: Estimator) -> _Ends:
     return _Ends(base + reach, base, scale)
 
 
-def _tangents(encode: Encode, base: Tensor, moves: list[Tensor]) -> list[tuple[Features, Tensor, Features]]:
-    """For each move: the derivative of features along it, at its middle, per unit of rms; its rms; and the features."""
-    points = torch.cat([base + 0.5 * d for d in moves])
-    lengths = _rms(torch.cat(moves))
-    unit = torch.cat(moves) / per_sample(torch.where(lengths > 0, lengths, torch.ones_like(lengths)), points)
+def _tangents(encode: Encode, base: Tensor, moves: list[Tensor]) -> list[FeatureDifference]:
+    """For each move, the derivative of features along it, at its middle; per unit of rms, so that fp16 can hold it."""
+    points, move = torch.cat([base + 0.5 * d for d in moves]), torch.cat(moves)
+    length = _rms(move)
+    unit = move / per_sample(torch.where(length > 0, length, torch.ones_like(length)), move)
     # The fused attention kernels have no forward mode.
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         pairs = {k: forward_ad.unpack_dual(f) for k, f in encode(forward_ad.make_dual(points, unit)).items()}
-    primals, tangents = ({k: pair[i] for k, pair in pairs.items()} for i in (0, 1))
-    split = [{k: f.chunk(len(moves)) for k, f in features.items()} for features in (tangents, primals)]
-    return [
-        ({k: f[i] for k, f in split[0].items()}, length, {k: f[i] for k, f in split[1].items()})
-        for i, length in enumerate(lengths.chunk(len(moves)))
-    ]
+    tangents = _split({k: pair.tangent for k, pair in pairs.items()}, len(moves))
+    primals = _split({k: pair.primal for k, pair in pairs.items()}, len(moves))
+    scales = length.chunk(len(moves))
+    return [FeatureDifference(t, None, scale, p) for t, scale, p in zip(tangents, scales, primals, strict=True)]
 
 
-def _evaluate(encode: Encode, points: list[Tensor]) -> list[Features]:
-    """Features at several points in one call."""
-    if not points:
-        return []
-    features = {k: f.chunk(len(points)) for k, f in encode(torch.cat(points)).items()}
-    return [{k: f[i] for k, f in features.items()} for i in range(len(points))]
+def _split(features: Features, count: int) -> list[Features]:
+    """Features of several batches stacked, batch by batch."""
+    chunks = {k: f.chunk(count) for k, f in features.items()}
+    return [{k: f[i] for k, f in chunks.items()} for i in range(count)]
 
 
 def _rms(x: Tensor) -> Tensor:

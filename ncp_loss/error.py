@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import reduce
@@ -29,26 +29,30 @@ def feature_error(
     Returns:
         (B,), float32 at least.
     """
-    plus, minus = list(difference.plus.values()), list((difference.minus or {}).values())
+    plus, minus, scale, graph = difference.plus, difference.minus, difference.scale, difference.graph
     with torch.no_grad():
-        scale = difference.scale
         per_unit = torch.ones_like(scale) if unit is None else _inverse(unit.square())
-        squares = torch.stack([_mean_square(*ends) for ends in _ends(plus, minus)], 1)
-        relative = squares.new_tensor([weights[layer] for layer in difference.plus]).expand_as(squares)
-        if normalize:
-            relative = relative / torch.stack([_mean_square(f) for f in difference.target.values()], 1)
-        error = per_unit * scale.square() * (relative * squares).sum(1)
-        if difference.graph is None:
+        error, slopes, sizes = torch.zeros_like(scale), [], []
+        for layer, weight in weights.items():
+            square = _mean_square(plus[layer], minus[layer] if minus else None)
+            relative = torch.full_like(square, weight)
+            if normalize:
+                relative = relative / _energy(difference, layer, square)
+            error = error + relative * square
+            slopes.append(relative * (2 / plus[layer][0].numel()))
+            sizes.append(slopes[-1] * square.sqrt())
+        error = error * per_unit * scale.square()
+        if graph is None:
             return error
-        # d error / d (features of the graph) is slope * (plus - minus) * per_unit * scale: one scale of the two,
-        # since the graph's point moves by the displacement unscaled. The encoder's backward pass gets it divided by the
-        # size of its largest layer; that size, for each sample, goes through the gate.
-        slope = 2 * relative / relative.new_tensor([f[0].numel() for f in plus])
-        size = (slope * squares.sqrt()).amax(1)
-        slope = slope * _inverse(size)[:, None]
-    graph = list(difference.graph.values())
-    fixed = [f for f in (*plus, *minus) if all(f is not g for g in graph)]
-    return _Leave.apply(difference.gate, error, per_unit * scale * size, slope, bool(minus), *graph, *fixed)  # type: ignore[no-any-return]
+        # d error / d (features of the graph) is slope * (plus - minus) * per_unit * scale: one scale of the two, since
+        # the graph's point moves by the displacement unscaled. The encoder's backward pass gets it divided by the size
+        # of its largest layer; that size, for each sample, goes through the gate.
+        size = torch.stack(sizes).amax(0)
+        slope = torch.stack(slopes) * _inverse(size)
+    ends = [*plus.values(), *(minus or {}).values()]
+    fixed = [f for f in ends if all(f is not g for g in graph.values())]
+    loss = _Leave.apply(difference.gate, error, per_unit * scale * size, slope, len(ends), *graph.values(), *fixed)
+    return cast(Tensor, loss)
 
 
 class _Leave(torch.autograd.Function):
@@ -56,28 +60,29 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, error: Tensor, size: Tensor, slope: Tensor, two: bool, *features: Tensor
+        ctx: Any, gate: Tensor, error: Tensor, size: Tensor, slope: Tensor, ends: int, *features: Tensor
     ) -> Tensor:
-        layers = slope.shape[1]
-        ctx.two, ctx.unused = two, len(features) - layers
-        # The graph's features are the plus end too, unless both ends came without a graph.
-        ends = features if len(features) == layers * (1 + two) else features[layers:]
-        ctx.save_for_backward(size, slope, *ends)
+        # The features are the graph's, then the ends; where the graph stands at the plus end, it is not given twice.
+        ctx.fixed = len(features) - len(slope)
+        ctx.save_for_backward(size, slope, *features[len(features) - ends :])
         return error.view_as(error)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        size, slope, *features = ctx.saved_tensors
-        layers = slope.shape[1]
-        ends = _ends(features[:layers], features[layers:])
+        size, slope, *ends = ctx.saved_tensors
+        layers = len(slope)
         cotangents = [
-            (per_sample(slope[:, i], pair[0]) * _difference(*pair)).to(pair[0].dtype) for i, pair in enumerate(ends)
+            (per_sample(slope[i], ends[i]) * _difference(*ends[i::layers])).to(ends[i].dtype) for i in range(layers)
         ]
-        return gradient * size, None, None, None, None, *cotangents, *[None] * ctx.unused
+        return gradient * size, None, None, None, None, *cotangents, *[None] * ctx.fixed
 
 
-def _ends(plus: list[Tensor], minus: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    return list(zip(plus, minus, strict=True)) if minus else [(p,) for p in plus]
+def _energy(difference: FeatureDifference, layer: str, square: Tensor) -> Tensor:
+    """Mean square of the target's features; where the ends stand about it, of their middle."""
+    if difference.target is not None:
+        return _mean_square(difference.target[layer])
+    assert difference.minus is not None
+    return (_mean_square(difference.plus[layer]) + _mean_square(difference.minus[layer])) / 2 - square / 4
 
 
 def _difference(plus: Tensor, minus: Tensor | None = None) -> Tensor:

@@ -117,6 +117,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         ref_pred: Tensor | None = None,
         variance_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        pairs: bool = False,
         **model_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Per-sample errors of the model and, from the same evaluation at the target, of a reference.
@@ -130,7 +131,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             ref_pred: the reference model's prediction, (B, C, H, W).
             variance_noise: z of the reverse step, (B, C, H, W). Without it z is drawn from ``generator``, and without
                 that it is 0: it moves the point where features are compared, never the difference of the latents.
-            generator: draws z, and t' for ``step="uniform"``; (the global one draws t' where this is None).
+            generator: draws z, and t' for ``step="uniform"`` (the global one draws t' where this is None).
+            pairs: the batch holds winners, then their losers, which share timestep and noise, and what is drawn here.
             **model_kwargs: passed to the model's forward (``added_cond_kwargs``, ``class_labels``, masks, ...).
 
         Returns:
@@ -140,27 +142,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since the loss was built.
         """
-        inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-        return self._errors(*inputs, ref_pred, variance_noise, generator, model_kwargs)
-
-    def _errors(
-        self,
-        model_pred: Tensor,
-        target: Tensor,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor | None,
-        ref_pred: Tensor | None,
-        variance_noise: Tensor | None,
-        generator: torch.Generator | None,
-        model_kwargs: dict[str, Any],
-        *,
-        pairs: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The way through the rooms. ``pairs``: random draws are made once for the two halves of the batch."""
+        # What is asked and what is given, before any work is done.
         encoder, optional = self._encoder, {"ref_pred": ref_pred, "variance_noise": variance_noise}
         given = {name: value for name, value in optional.items() if value is not None}
-        check_latents("noisy_latents", noisy_latents, encoder.channels, target=target, model_pred=model_pred, **given)
+        given = {"target": target, "model_pred": model_pred} | given
+        check_latents("noisy_latents", noisy_latents, encoder.channels, pairs, **given)
         timesteps = self._batch_timesteps(timesteps, noisy_latents)
         if pairs:
             noise = target if self.schedule.prediction_type == "epsilon" else None

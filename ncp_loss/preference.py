@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import bad, check_like, check_tensor
+from .checks import bad, check_like
 from .loss import NoiseConditionedPerceptualLoss
 from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, sft_loss
 
@@ -61,7 +61,9 @@ def ncp_dpo_loss(
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    error, from_pred = _pair_errors(ncp, inputs, ref_pred, variance_noise, generator, model_kwargs)
+    error, from_pred = ncp.errors(
+        *inputs, ref_pred=ref_pred, variance_noise=variance_noise, generator=generator, pairs=True, **model_kwargs
+    )
     ref = ref_error if from_pred is None else from_pred
     check_like("ref_error", ref, "the batch's errors", error)
     chosen, rejected = error.chunk(2)
@@ -102,7 +104,7 @@ def ncp_cpo_loss(
         ValueError, TypeError: an odd batch, or another bad argument.
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    error, _ = _pair_errors(ncp, inputs, None, variance_noise, generator, model_kwargs)
+    error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, pairs=True, **model_kwargs)
     chosen, rejected = error.chunk(2)
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
@@ -139,18 +141,3 @@ def ncp_sft_loss(
     error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
     loss = sft_loss(error, reduction=reduction)
     return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})
-
-
-def _pair_errors(
-    ncp: NoiseConditionedPerceptualLoss,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    ref_pred: Tensor | None,
-    variance_noise: Tensor | None,
-    generator: torch.Generator | None,
-    model_kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """Errors of B winners, then B losers, that share what is drawn at random."""
-    latents = check_tensor("noisy_latents", inputs[2])
-    if latents.ndim == 0 or len(latents) % 2:
-        raise bad("noisy_latents", "an even batch: winners first, then their losers", f"{tuple(latents.shape)}")
-    return ncp._errors(*inputs, ref_pred, variance_noise, generator, model_kwargs, pairs=True)
