@@ -11,7 +11,7 @@ demo: .venv/demo
 	$(BIN)/python -m examples.demo --out demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 check: lint types build
 
@@ -22,15 +22,14 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
-# The wheel is installed and imported in an environment of its own, against the torch and diffusers of this one.
+# The wheel, built from the sdist, is installed with what it asks for, and imported, in an environment of its own.
 build: .venv/dev
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --outdir dist . > /dev/null
 	$(PYTHON) -m venv .venv-wheel
-	echo "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" > \
-	    "$$(.venv-wheel/bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth"
-	.venv-wheel/bin/pip --disable-pip-version-check install --quiet --no-deps --force-reinstall dist/*.whl
-	cd dist && ../.venv-wheel/bin/python -c "import ncp_loss; assert '.venv-wheel' in ncp_loss.__file__; print('wheel:', ncp_loss.__version__)"
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c constraints.txt torch
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c constraints.txt dist/*.whl
+	cd dist && ../.venv-wheel/bin/python -c "import ncp_loss; print('wheel', ncp_loss.__version__, 'imports')"
 	rm -rf .venv-wheel
 
 # torch goes first and alone, so that no other package's range chooses another build of it.

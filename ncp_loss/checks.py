@@ -49,11 +49,15 @@ def check_device(name: str, value: Tensor, reference_name: str, reference: Tenso
         raise bad(name, f"on the device of {reference_name}, {reference.device}", f"on {value.device}")
 
 
-def check_batch(name: str, value: object, batch: int) -> Tensor:
-    """One row per sample."""
+def check_rows(name: str, value: object, latents: Tensor, *shape: int | str) -> Tensor:
+    """One row per sample, each of ``shape`` where that is given; a name in it stands for any size."""
     tensor = check_tensor(name, value)
-    if tensor.ndim == 0 or len(tensor) != batch:
-        raise bad(name, f"one row per sample, {batch}", _shape(tensor))
+    if tensor.ndim == 0 or len(tensor) != len(latents):
+        raise bad(name, f"one row per sample, {len(latents)}", _shape(tensor))
+    sizes = [was if isinstance(want, str) else want for want, was in zip(shape, tensor.shape[1:], strict=False)]
+    if shape and (tensor.ndim != 1 + len(shape) or list(tensor.shape[1:]) != sizes):
+        raise bad(name, f"shaped (B, {', '.join(map(str, shape))})", _shape(tensor))
+    check_device(name, tensor, "noisy_latents", latents)
     return tensor
 
 

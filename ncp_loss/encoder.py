@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checks import bad, check_batch, check_device, check_floating
+from .checks import bad, check_floating, check_rows
 from .view import Watch, own_trainable, twin_of
 
 Layers = str | Sequence[str] | Mapping[str, float]
@@ -136,35 +136,20 @@ class FrozenEncoder:
     def check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
         """What the model would stumble over deep inside, said at the door."""
         config: Any = getattr(self.view, "config", None)
-
-        def check(name: str, value: object, *shape: int | str | None) -> None:
-            tensor = check_batch(name, value, len(latents))
-            check_device(name, tensor, "noisy_latents", latents)
-            wrong = [isinstance(want, int) and want != was for want, was in zip(shape, tensor.shape[1:], strict=False)]
-            if shape and (tensor.ndim != 1 + len(shape) or any(wrong)):
-                raise bad(name, f"shaped (B, {', '.join(map(str, shape))})", f"shaped {tuple(tensor.shape)}")
-
         if text is not None:
             width = getattr(config, "cross_attention_dim", None)
             known = self._reads_text and isinstance(width, int) and getattr(config, "encoder_hid_dim", None) is None
-            check(
-                "encoder_hidden_states", check_floating("encoder_hidden_states", text), *(("L", width) if known else ())
-            )
+            check_floating("encoder_hidden_states", text)
+            check_rows("encoder_hidden_states", text, latents, *(("L", width) if known else ()))
         elif self._reads_text:
             raise bad("encoder_hidden_states", "given: the model attends to text", "None")
         if getattr(config, "addition_embed_type", None) == "text_time":
             added = model_kwargs.get("added_cond_kwargs") or {}
             if not {"text_embeds", "time_ids"} <= set(added):
-                raise bad(
-                    "added_cond_kwargs", "a dict with text_embeds and time_ids, as SDXL takes them", sorted(added)
-                )
-            check("added_cond_kwargs['time_ids']", added["time_ids"])
-            ids = config.addition_time_embed_dim * added["time_ids"][0].numel()
-            check(
-                "added_cond_kwargs['text_embeds']",
-                added["text_embeds"],
-                config.projection_class_embeddings_input_dim - ids,
-            )
+                raise bad("added_cond_kwargs", "a dict with text_embeds and time_ids, as for SDXL", sorted(added))
+            ids = check_rows("added_cond_kwargs['time_ids']", added["time_ids"], latents)
+            width = config.projection_class_embeddings_input_dim - config.addition_time_embed_dim * ids[0].numel()
+            check_rows("added_cond_kwargs['text_embeds']", added["text_embeds"], latents, width)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What ``ncp.to(...)`` does: convert the encoder's own copies; what is the user's, the user moves."""
@@ -206,12 +191,8 @@ def _resolve(view: nn.Module, layer: str) -> str:
             part = children[int(part)]
         if part not in children:
             near = difflib.get_close_matches(layer, [name for name, _ in view.named_modules() if name], n=5, cutoff=0.5)
-            where = ".".join(path) or type(view).__name__
-            raise bad(
-                "layer",
-                f"a module path of the model, such as {sorted(near) or children} ({where} has {children})",
-                repr(layer),
-            )
+            there = f"{'.'.join(path) or type(view).__name__} has {children}"
+            raise bad("layer", f"a module path of the model, such as {sorted(near) or children} ({there})", repr(layer))
         module = module._modules[part]  # type: ignore[assignment]
         path.append(part)
     while isinstance(module, nn.ModuleList) and len(module):

@@ -152,20 +152,17 @@ def preference_metrics(
 ) -> dict[str, Tensor]:
     """What trainers log, by the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half."""
     chosen, rejected = chosen_error.detach(), rejected_error.detach()
-    ref_chosen, ref_rejected = (
-        (e.detach() for e in ref) if ref else (torch.zeros_like(chosen), torch.zeros_like(rejected))
-    )
-    rewards_chosen, rewards_rejected = beta * (ref_chosen - chosen), beta * (ref_rejected - rejected)
+    ref_chosen, ref_rejected = ref or (torch.zeros_like(chosen), torch.zeros_like(rejected))
     # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.
     margins = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
     accuracy = (0.5 * (margins.sign() + 1)).mean()
-    metrics = {"loss": loss.detach().mean(), "raw_model_loss": torch.cat([chosen, rejected]).mean()}
-    if ref:
-        metrics["ref_loss"] = torch.cat([ref_chosen, ref_rejected]).mean()
-    return metrics | {
+    return {
+        "loss": loss.detach().mean(),
+        "raw_model_loss": torch.cat([chosen, rejected]).mean(),
+        **({"ref_loss": torch.cat([ref_chosen, ref_rejected]).mean()} if ref else {}),
         "implicit_acc": accuracy,
-        "rewards/chosen": rewards_chosen.mean(),
-        "rewards/rejected": rewards_rejected.mean(),
+        "rewards/chosen": (beta * (ref_chosen - chosen)).mean(),
+        "rewards/rejected": (beta * (ref_rejected - rejected)).mean(),
         "rewards/margins": margins.mean(),
         "rewards/accuracies": accuracy,
     }

@@ -61,12 +61,10 @@ class NoiseSchedule:
             raise bad("betas", "a 1-D sequence of values in (0, 1]", f"of shape {tuple(b.shape)}, {b}")
         squared = torch.cumprod(1 - b, 0)
         if prediction_type == "epsilon" and squared[-1] == 0:
-            raise bad(
-                "prediction_type",
-                "'v_prediction' or 'sample' for a schedule with zero terminal SNR "
-                "(x_0 cannot be told from the noise alone where alpha = 0)",
-                "'epsilon'",
+            must_be = (
+                "'v_prediction' or 'sample' for a schedule with zero terminal SNR (where alpha = 0, noise tells no x_0)"
             )
+            raise bad("prediction_type", must_be, "'epsilon'")
         self.prediction_type = prediction_type
         # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
         self._alpha = torch.cat([squared.sqrt(), torch.ones(1, dtype=torch.float64)])
@@ -90,10 +88,8 @@ class NoiseSchedule:
         if isinstance(scheduler, NoiseSchedule):
             return scheduler
         if not isinstance(getattr(scheduler, "betas", None), Tensor):
-            raise TypeError(
-                f"schedule must be a NoiseSchedule, a diffusers scheduler that has `betas`, or None; "
-                f"it was {type(scheduler).__name__}"
-            )
+            must_be = "a NoiseSchedule, a diffusers scheduler that has `betas`, or None"
+            raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
         return cls(scheduler.betas, getattr(scheduler.config, "prediction_type", "epsilon"))
 
     def __len__(self) -> int:
@@ -103,15 +99,15 @@ class NoiseSchedule:
         return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
 
     def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale at integer ``timesteps``, any shape, float64."""
-        return self._on(timesteps.device)[0][timesteps.long()]
+        """The signal's scale at ``timesteps``, any shape, float64."""
+        return self._at(0, timesteps)
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at integer ``timesteps``, any shape, float64."""
-        return self._on(timesteps.device)[1][timesteps.long()]
+        """The noise's scale at ``timesteps``, any shape, float64."""
+        return self._at(1, timesteps)
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
-        """t' for: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
+        """t' for t: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
         if step == "clean":
             return torch.full_like(timesteps, -1)
         if step == "uniform":
@@ -155,12 +151,13 @@ class NoiseSchedule:
             after = table[3][t]
         return ReverseStep(A, B, s, after.clamp(min=0).to(timesteps.dtype))
 
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """alpha and sigma on ``device``, moved there once; float32 on the one backend that has no float64."""
-        if device not in self._moved:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._moved[device] = (self._alpha.to(device, dtype), self._sigma.to(device, dtype))
-        return self._moved[device]
+    def _at(self, which: int, timesteps: Tensor) -> Tensor:
+        """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
+        t = torch.as_tensor(timesteps)
+        if t.device not in self._moved:
+            dtype = torch.float32 if t.device.type == "mps" else torch.float64
+            self._moved[t.device] = (self._alpha.to(t.device, dtype), self._sigma.to(t.device, dtype))
+        return self._moved[t.device][which][t.long()]
 
     def _table(self, step: Step, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """A, B, s and t' for every t, made on the host in float64, and moved once to each device and dtype."""

@@ -147,6 +147,18 @@ def test_moving_the_loss_converts_its_own_copies_and_never_the_users_weights():
     assert ncp.features(*inputs(unet)[0])["down_blocks"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("layer", ["down_blocks.1.attentions.0", ["down_blocks.1.resnets.0", "up_blocks.1.resnets.1"]])
+def test_checkpointing_may_end_inside_a_block(layer):
+    """The pass ends, and is recomputed, within what diffusers checkpoints."""
+    unet = sd15()
+    arguments = batch(unet, 1)
+    found = []
+    for checkpoint in (False, True):
+        error, _ = NoiseConditionedPerceptualLoss(unet, layer, checkpoint=checkpoint).errors(**arguments)
+        found.append(torch.autograd.grad(error.sum(), arguments["model_pred"])[0])
+    assert torch.equal(*found)
+
+
 def test_checkpointing_changes_no_value_and_no_flag_of_the_users():
     unet = sd15()
     arguments = batch(unet, 2)

@@ -1,0 +1,66 @@
+"""The main job runs from one command, ends in a result, and says the same twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+DEMO = ["examples.demo", "--steps", "3", "--pairs", "10", "--batch", "2", "--held-out", "10", "--out"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    outs = [tmp_path_factory.mktemp("demo") for _ in range(2)]
+    return outs, [run(*DEMO, out) for out in outs]
+
+
+def test_the_demo_prints_a_result_a_progress_bar_and_writes_pictures(demo):
+    outs, runs = demo
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert "win rate over the base" in runs[0].stdout
+    assert "95% interval" in runs[0].stdout
+    assert "aligning" in runs[0].stderr  # tqdm's bar
+    for name in ("samples.png", "reward.png"):
+        assert (outs[0] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_gives_the_same_numbers_twice(demo):
+    results = [json.loads((out / "result.json").read_text()) for out in demo[0]]
+    for result in results:
+        del result["seconds"], result["settings"]["out"], result["command"]
+    assert results[0] == results[1]
+
+
+def test_a_latent_baseline_is_one_option_away(tmp_path):
+    done = run(*DEMO, tmp_path, "--space", "latent")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_training_script_trains_and_saves_what_the_demo_loads(tmp_path):
+    done = run("examples.train_digits", "--steps", 2, "--out", tmp_path / "unet.safetensors")
+    assert done.returncode == 0, done.stderr
+    committed = load_file(ROOT / "examples" / "digits_unet.safetensors")
+    assert {k: v.shape for k, v in load_file(tmp_path / "unet.safetensors").items()} == {
+        k: v.shape for k, v in committed.items()
+    }
+
+
+def test_the_committed_weights_are_small():
+    assert (ROOT / "examples" / "digits_unet.safetensors").stat().st_size <= 2_000_000
+
+
+def test_the_committed_demo_result_shows_a_win_over_the_base_with_its_interval_above_one_half():
+    result = json.loads((ROOT / "docs" / "images" / "demo.json").read_text())
+    assert result["win rate"]["low"] > 0.5
+    assert result["reward"]["aligned"] > result["reward"]["base"]
