@@ -64,7 +64,7 @@ class FrozenEncoder:
         if not isinstance(layers, str | Sequence | Mapping):
             raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
         names = (layers,) if isinstance(layers, str) else layers
-        self.weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+        self.weights = {layer: layers[layer] if isinstance(layers, Mapping) else 1.0 for layer in names}
         if not self.weights or any(not weight > 0 for weight in self.weights.values()):
             raise bad("layer", "one module path or more, with positive weights", repr(layers))
         ends = {layer: _resolve(self.view, layer) for layer in self.weights}
@@ -111,8 +111,7 @@ class FrozenEncoder:
         latents = latents if dtype is None else latents.to(dtype)
         with contextlib.suppress(LastLayerReached):
             self.view(latents, timestep=timesteps.repeat(copies), **conditioning)
-        missing = self.weights.keys() - self._kept.keys()
-        if missing:
+        if missing := self.weights.keys() - self._kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
         features = {layer: self._kept[layer] for layer in self.weights}
         self._kept.clear()

@@ -13,6 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 # Instance state that redirects a call to the module it was made for: accelerate's mixed-precision and offload wrappers,
 # adapters that override `forward` on the instance, `module.compile()`.
+_WRAPPED = ("base_layer", "original_module", "_orig_mod")  # a tuner's, a saved module's, a compiled module's own layer
 _BOUND_TO_ORIGINAL = ("forward", "_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
@@ -156,12 +157,10 @@ def _base_layer(module: nn.Module, path: str) -> nn.Module:
                 f"unet must have no merged adapter: one is merged into {path!r}, so the base weights are not there; "
                 "unmerge it first (unmerge_adapter(), unfuse_lora())"
             )
-        for inner in ("base_layer", "original_module", "_orig_mod"):
-            if inner in module._modules:
-                module = module._modules[inner]  # type: ignore[assignment]
-                break
-        else:
+        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if inner is None:
             return module
+        module = inner
 
 
 def _twin(module: nn.Module, path: str, memo: dict[int, nn.Module], links: list[Link]) -> nn.Module:
