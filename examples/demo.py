@@ -3,7 +3,7 @@
 The base model draws digits, but it learned from captions that are often wrong, so only two in three of its samples show
 the requested digit. A judge compares two samples for the same request; the pairs it decides train LoRA adapters, and
 noise that no training image came from shows what changed. Writes `samples.png`, `reward.png` and `result.json` to
-`--out`. About two minutes on two CPU cores.
+`--out`. About two minutes on a CPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ncp_loss import NoiseConditionedPerceptualLoss, dpo_loss, frozen_view, ncp_
 # perceptual margin here is about a thousand times smaller than a latent one. Each beta lets beta * margin reach order
 # one in training: far below, the sigmoid is linear and the reference has no say; far above, it saturates and learning
 # stops.
-BETA = {"perceptual": 2e5, "latent": 2e2}
+BETA = {"perceptual": 5e5, "latent": 5e2}
 BLUE, ORANGE, GREY = "#2b6cb0", "#e07b39", "#8a8f98"
 
 
@@ -101,17 +101,17 @@ def align(
 def win_rate(base: Verdict, aligned: Verdict) -> tuple[float, float, float]:
     """How often the aligned sample has the higher reward (a tie is half a win), and its 95% Wilson interval."""
     n, z = len(base.rewards), 1.96
-    share = (0.5 * (1 + (aligned.rewards - base.rewards).sign())).mean().item()
+    share = (0.5 * (1 + (aligned.rewards - base.rewards).sign())).double().mean().item()
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return share, (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def draw_samples(path: Path, base: Verdict, aligned: Verdict, columns: int = 8) -> None:
+def draw_samples(path: Path, base: Verdict, aligned: Verdict, method: str, columns: int = 8) -> None:
     """A row per requested digit, the first held-out seeds in order, base and aligned side by side."""
     rows, columns = min(CLASSES, len(base.right)), min(columns, max(1, len(base.right) // CLASSES))
     pitch = base.images.shape[-1] + 3  # a cell: the image and a margin for its frame
     figure, axes = plt.subplots(1, 2, figsize=(columns + 1.2, rows / 2 + 1.1), layout="constrained")
-    for axis, verdict, name in zip(axes, (base, aligned), ("Base model", "Aligned with NCP-DPO"), strict=True):
+    for axis, verdict, name in zip(axes, (base, aligned), ("Base model", f"Aligned with {method}"), strict=True):
         canvas = np.full((rows * pitch, columns * pitch), np.nan)
         for row in range(rows):
             for column in range(columns):
@@ -131,7 +131,7 @@ def draw_samples(path: Path, base: Verdict, aligned: Verdict, columns: int = 8) 
     figure.supxlabel(
         "Same starting noise left and right. Orange frame: the judge reads another digit.", fontsize=9, color=GREY
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
 
 
 def draw_reward(path: Path, curve: dict[int, Verdict]) -> None:
@@ -145,9 +145,12 @@ def draw_reward(path: Path, curve: dict[int, Verdict]) -> None:
     axis.plot(steps, means, color=BLUE, lw=2, marker="o", ms=5)
     axis.set(xlabel="training step", ylabel="mean reward", xlim=(0, None), ylim=(min(0.5, means.min() - 0.05), 1))
     axis.set_title(f"Probability of the requested digit, {len(rewards[0])} held-out samples", fontsize=11)
+    axis.annotate(
+        f"{means[-1]:.2f}", (steps[-1], means[-1]), (0, 8), textcoords="offset points", ha="center", color=BLUE
+    )
     axis.grid(axis="y", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
 def main() -> None:
@@ -155,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--space", choices=list(BETA), default="perceptual", help="where errors are measured")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--pairs", type=int, default=300, help="pairs sampled; the judge decides about half of them")
     parser.add_argument("--batch", type=int, default=16, help="pairs per step")
     parser.add_argument("--beta", type=float, help=f"default: {BETA}")
@@ -172,6 +175,8 @@ def main() -> None:
     unet, judge = load_unet(), Judge()
     first = args.seed * 1_000_000  # every run has a million seeds to itself, the held-out ones in their second half
     pairs = preference_pairs(unet, judge, range(first, first + 2 * args.pairs))
+    if not len(pairs[0]):
+        parser.error("the judge decided none of the pairs; sample more (--pairs)")
     print(f"the judge decided {len(pairs[0])} of {args.pairs} pairs")
 
     held_out, noise = (
@@ -188,7 +193,7 @@ def main() -> None:
     align(unet, pairs, args, evaluate)
     base, aligned = curve[0], curve[args.steps]
     share, low, high = win_rate(base, aligned)
-    draw_samples(args.out / "samples.png", base, aligned)
+    draw_samples(args.out / "samples.png", base, aligned, "NCP-DPO" if args.space == "perceptual" else "latent DPO")
     draw_reward(args.out / "reward.png", curve)
     seconds = time.perf_counter() - start
 

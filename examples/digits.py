@@ -60,6 +60,7 @@ def load_unet() -> UNet2DConditionModel:
     """The committed base model: stored in half precision to be small, run in single."""
     unet = new_unet()
     unet.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
+    unet = unet.to(memory_format=torch.channels_last)  # samples a fifth faster on a CPU
     return unet.eval().requires_grad_(False)
 
 

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--wrong", type=float, default=0.35, help="share of captions replaced by a random digit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judged", type=int, default=500, help="samples drawn for the judge at the end")
     parser.add_argument("--out", default=str(WEIGHTS))
     args = parser.parse_args()
 
@@ -65,7 +66,7 @@ def main() -> None:
     unet = average.module.eval()
     save_file({name: weight.half().contiguous() for name, weight in unet.state_dict().items()}, args.out)
 
-    asked = torch.arange(CLASSES).repeat(50)
+    asked = torch.arange(args.judged) % CLASSES
     _, right = Judge()(sample(unet, asked, seeded_noise(range(len(asked)))), asked)
     print(
         f"saved {args.out}; the judge reads the requested digit in {right.float().mean():.1%} of {len(asked)} samples"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ DEMO = ["examples.demo", "--steps", "3", "--pairs", "10", "--batch", "2", "--hel
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the other worker has the other core
+    return subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_a_latent_baseline_is_one_option_away(tmp_path):
 
 
 def test_the_training_script_trains_and_saves_what_the_demo_loads(tmp_path):
-    done = run("examples.train_digits", "--steps", 2, "--out", tmp_path / "unet.safetensors")
+    done = run("examples.train_digits", "--steps", 2, "--judged", 10, "--out", tmp_path / "unet.safetensors")
     assert done.returncode == 0, done.stderr
     committed = load_file(ROOT / "examples" / "digits_unet.safetensors")
     assert {k: v.shape for k, v in load_file(tmp_path / "unet.safetensors").items()} == {

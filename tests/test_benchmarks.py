@@ -1,0 +1,43 @@
+"""Every benchmark runs at its smallest size, and every committed result says where it comes from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", name, "--tiny", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {"command", "machine", "versions"} <= set(record)
+    assert len(list(csv.DictReader((tmp_path / f"{name}.csv").open()))) > 1
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_result_names_machine_versions_and_command(path):
+    record = json.loads(path.read_text())
+    assert record["command"].startswith("python -m benchmarks")
+    assert "--tiny" not in record["command"]
+    assert record["machine"]["cpu"]
+    assert {"torch", "diffusers", "ncp_loss"} <= set(record["versions"])
