@@ -10,6 +10,7 @@ from einops import reduce
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from .schedule import per_sample
 
@@ -160,13 +161,20 @@ def _tangents(encode: Encode, base: Tensor, moves: list[Tensor]) -> list[Feature
     points, move = torch.cat([base + 0.5 * d for d in moves]), torch.cat(moves)
     length = _rms(move)
     unit = move / per_sample(torch.where(length > 0, length, torch.ones_like(length)), move)
-    # The fused attention kernels have no forward mode.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    # The fused attention kernels have no forward mode, and group norm's takes contiguous input only.
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _ContiguousNorm():
         pairs = {k: forward_ad.unpack_dual(f) for k, f in encode(forward_ad.make_dual(points, unit)).items()}
     tangents = _split({k: pair.tangent for k, pair in pairs.items()}, len(moves))
     primals = _split({k: pair.primal for k, pair in pairs.items()}, len(moves))
     scales = length.chunk(len(moves))
     return [FeatureDifference(t, None, scale, p) for t, scale, p in zip(tangents, scales, primals, strict=True)]
+
+
+class _ContiguousNorm(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _split(features: Features, count: int) -> list[Features]:

@@ -34,10 +34,10 @@ def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_a_committed_result_names_machine_versions_and_command(path):
-    record = json.loads(path.read_text())
-    assert record["command"].startswith("python -m benchmarks")
-    assert "--tiny" not in record["command"]
-    assert record["machine"]["cpu"]
-    assert {"torch", "diffusers", "ncp_loss"} <= set(record["versions"])
+def test_committed_results_name_machine_versions_and_command():
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["command"].startswith("python -m benchmarks")
+        assert "--tiny" not in record["command"]
+        assert record["machine"]["cpu"]
+        assert {"torch", "diffusers", "ncp_loss"} <= set(record["versions"])

@@ -201,6 +201,15 @@ def test_auto_costs_at_most_half_more_encoder_work_in_bf16_and_a_quarter_more_in
     assert sum(rows for rows, _ in calls) / 3 + 1 == expected
 
 
+@pytest.mark.parametrize("difference", ["literal", "scaled", "central", "tangent"])
+def test_the_memory_format_changes_no_value(difference):
+    unet = sd15()
+    arguments = batch(unet, 2, height=8, width=8)
+    contiguous = error_and_gradient(unet, arguments, difference)
+    channels_last = error_and_gradient(unet.to(memory_format=torch.channels_last), arguments, difference)
+    torch.testing.assert_close(channels_last, contiguous, rtol=1e-8, atol=1e-15)
+
+
 def test_without_a_gradient_to_take_nothing_is_evaluated_for_one():
     unet = sd15(dtype=BF16)
     ncp, calls = NoiseConditionedPerceptualLoss(unet), []

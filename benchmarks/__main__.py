@@ -1,0 +1,41 @@
+"""`python -m benchmarks NAME [options]`: each benchmark is a module with `add_arguments(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+from pathlib import Path
+
+import torch
+
+BENCHMARKS = {
+    "precision": "error and gradient in every precision, against float64",
+    "reach": "how far from the middle a central difference should look",
+    "alignment": "digits aligned with the encoder in float32 and in bfloat16",
+}
+
+
+def main() -> None:
+    """Parse, set what all benchmarks share, run one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
+    for name, module in modules.items():
+        command = commands.add_parser(name, help=BENCHMARKS[name], description=module.__doc__)
+        command.add_argument("--tiny", action="store_true", help="seconds instead of minutes; the figures mean nothing")
+        command.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+        command.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--threads", type=int, default=1, help="CPU threads")
+        module.add_arguments(command)
+    args = parser.parse_args()
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    modules[args.benchmark].run(args)
+
+
+if __name__ == "__main__":
+    main()
