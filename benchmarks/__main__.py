@@ -28,6 +28,7 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=Path("benchmarks/results"))
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--threads", type=int, default=1, help="CPU threads")
+        command.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
         module.add_arguments(command)
     args = parser.parse_args()
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import report
 from examples.demo import BETA, Verdict, align, preference_pairs, win_rate
-from examples.digits import CLASSES, Judge, load_unet, sample, seeded_noise
+from examples.digits import CLASSES, Judge, load_unet, new_scheduler, sample, seeded_noise
 from ncp_loss import NoiseConditionedPerceptualLoss
 
 
@@ -51,26 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
+    kept = report.Kept(args.out / "alignment.partial.json", args.resume)
     args.space = "perceptual"
     if args.tiny:
         args.seeds, args.steps, args.batch, args.pairs, args.held_out = 1, 2, 2, 20, 20
     judge, rows = Judge(), list[dict[str, Any]]()
     final = defaultdict(list)
     for seed in range(args.seed, args.seed + args.seeds):
-        base, first = load_unet(), seed * 1_000_000
-        pairs = preference_pairs(base, judge, range(first, first + 2 * args.pairs))
-        held_out = torch.arange(args.held_out) % CLASSES
-        noise = seeded_noise(range(first + 500_000, first + 500_000 + args.held_out))
-        before = judged(base, judge, held_out, noise)
+        start = cache(partial(prepared, judge, seed, args))
         for arm in ARMS:
-            curve = trained(arm, base, pairs, judge, held_out, noise, before, seed, args)
-            for step, verdict in curve.items():
-                reward, right = verdict.rewards.mean().item(), verdict.right.double().mean().item()
-                rows.append({"arm": arm.label, "seed": seed, "step": step, "reward": reward, "requested digit": right})
-            share, _, _ = win_rate(before, curve[args.steps])
-            final[arm.label].append({"seed": seed, "reward": rows[-1]["reward"], "win rate": share})
-            print(f"{arm.label}, seed {seed}: reward {rows[-1]['reward']:.3f}, win rate {share:.3f}", flush=True)
+            curve, share = kept.get(f"{seed} {arm.label}", lambda arm=arm, start=start: trained(arm, start(), args))
+            rows += [{"arm": arm.label, "seed": seed, **row} for row in curve]
+            final[arm.label].append({"seed": seed, "reward": curve[-1]["reward"], "win rate": share})
+            print(f"{arm.label}, seed {seed}: reward {curve[-1]['reward']:.3f}, win rate {share:.3f}", flush=True)
 
     summary = [
         {
@@ -84,43 +77,54 @@ def run(args: argparse.Namespace) -> None:
     settings = {key: getattr(args, key) for key in ("seeds", "steps", "batch", "pairs", "held_out", "lr", "beta")}
     content = {"settings": settings, "summary": summary, "final": final}
     report.write_csv(args.out / "alignment.csv", rows)
-    report.write_json(args.out / "alignment.json", report.record(args.device, time.perf_counter() - start) | content)
+    report.write_json(args.out / "alignment.json", report.record(args.device, kept.seconds) | content)
     draw(args.out / "alignment.png", rows, args)
+    kept.done()
     report.print_table(
         "Held-out reward and win rate after training", summary, dict.fromkeys(summary[0], ".3f") | {"arm": ""}
     )
 
 
-def trained(
-    arm: Arm,
-    base: UNet2DConditionModel,
-    pairs: tuple[Tensor, Tensor, Tensor],
-    judge: Judge,
-    held_out: Tensor,
-    noise: Tensor,
-    before: Verdict,
-    seed: int,
-    args: argparse.Namespace,
-) -> dict[int, Verdict]:
-    """The demo's own loop, with the arm's loss in the place of its own; held-out verdicts by step."""
-    unet, encoder = copy.deepcopy(base), copy.deepcopy(base).to(arm.dtype)
-    curve = {0: before}
+class Start(NamedTuple):
+    """What all arms of a seed begin with."""
 
-    def loss(_: UNet2DConditionModel, **options: Any) -> NoiseConditionedPerceptualLoss:
-        return NoiseConditionedPerceptualLoss(encoder, difference=arm.difference, **options)
+    seed: int
+    base: UNet2DConditionModel
+    pairs: tuple[Tensor, Tensor, Tensor]
+    judged: Callable[[UNet2DConditionModel], Verdict]  # of the held-out requests
+    before: Verdict
+
+
+def prepared(judge: Judge, seed: int, args: argparse.Namespace) -> Start:
+    """The base model, preference pairs of its samples, and how it does on held-out requests."""
+    base, first = load_unet(), seed * 1_000_000
+    pairs = preference_pairs(base, judge, range(first, first + 2 * args.pairs))
+    held_out = torch.arange(args.held_out) % CLASSES
+    noise = seeded_noise(range(first + 500_000, first + 500_000 + args.held_out))
+
+    def judged(unet: UNet2DConditionModel) -> Verdict:
+        images = sample(unet, held_out, noise)
+        return Verdict(images, *judge(images, held_out))
+
+    return Start(seed, base, pairs, judged, judged(base))
+
+
+def trained(arm: Arm, start: Start, args: argparse.Namespace) -> tuple[list[dict[str, float]], float]:
+    """The demo's own loop with the arm's loss: a row per evaluation, and the win rate over the base at the end."""
+    unet, encoder = copy.deepcopy(start.base), copy.deepcopy(start.base).to(arm.dtype)
+    ncp = NoiseConditionedPerceptualLoss(encoder, schedule=new_scheduler(), difference=arm.difference)
+    curve = {0: start.before}
 
     def evaluate(step: int) -> None:
-        curve[step] = judged(unet, judge, held_out, noise)
+        curve[step] = start.judged(unet)
 
-    torch.manual_seed(seed)  # the same adapters, rows, noise and timesteps in every arm
-    with mock.patch("examples.demo.NoiseConditionedPerceptualLoss", loss):
-        align(unet, pairs, args, evaluate)
-    return curve
-
-
-def judged(unet: UNet2DConditionModel, judge: Judge, labels: Tensor, noise: Tensor) -> Verdict:
-    images = sample(unet, labels, noise)
-    return Verdict(images, *judge(images, labels))
+    torch.manual_seed(start.seed)  # the same adapters, rows, noise and timesteps in every arm
+    align(unet, ncp, start.pairs, args, evaluate)
+    rows = [
+        {"step": step, "reward": v.rewards.mean().item(), "requested digit": v.right.double().mean().item()}
+        for step, v in curve.items()
+    ]
+    return rows, win_rate(start.before, curve[args.steps])[0]
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from benchmarks.compute import COMPUTES
 from benchmarks.networks import NETWORKS, converted, rounded
+from benchmarks.report import Kept
 from examples.digits import CLASSES, add_lora, condition, new_scheduler, real_digits
 from ncp_loss import NoiseConditionedPerceptualLoss, frozen_view, ncp_dpo_loss
 
@@ -22,7 +24,7 @@ PAIRS, BATCHES = 4, 4
 DIFFERENCES = ["literal", "tangent", "auto"]
 
 
-def lora_gradients(network: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def lora_gradients(network: str, args: argparse.Namespace, kept: Kept) -> Iterator[dict[str, Any]]:
     """A row per precision and estimator: the cosine of the whole LoRA gradient with that of float64, over batches.
 
     Model and reference predict in bf16 or fp16, and these predictions are fed to all: to the definition in float64 as
@@ -31,7 +33,10 @@ def lora_gradients(network: str, args: argparse.Namespace) -> Iterator[dict[str,
     found: dict[tuple[str, str], list[float]] = {}
     for batch in range(1 if args.tiny else BATCHES):
         for name in ("bfloat16",) if args.tiny else ("float16", "bfloat16"):
-            for difference, cosine in _cosines(network, COMPUTES[name].weights, args, args.seed + batch):
+            make = partial(_cosines, network, COMPUTES[name].weights, args, args.seed + batch)
+            for difference, cosine in kept.get(
+                f"lora {network} {batch} {name}", lambda make=make: dict(make())
+            ).items():
                 found.setdefault((name, difference), []).append(cosine)
     for (name, difference), cosines in found.items():
         yield {

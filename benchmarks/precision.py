@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
+    kept = report.Kept(args.out / "precision.partial.json", args.resume)
     timesteps, rms, layers, samples = TIMESTEPS, RMS, LAYERS, args.samples
     if args.tiny:
         timesteps, rms, layers, samples = [1, 500], [0.05], LAYERS[:1], 1
@@ -76,11 +77,12 @@ def run(args: argparse.Namespace) -> None:
     progress = tqdm(total=len(plan) * len(args.compute))
     for network, sample, layer in plan:
         unet, batch = prepared(network, args.seed + sample, args.tiny, timesteps, rms, args.device)
-        truth = truth_of(unet, batch, layer, args.device)
+        truth = cache(partial(truth_of, unet, batch, layer, args.device))
         for name in args.compute:
             progress.set_description(f"{network} {layer} {name}")
-            for estimator, rows, cost in compared(unet, batch, layer, COMPUTES[name], truth, args.device):
-                found[network, layer, name, estimator] += rows
+            make = partial(compared, unet, batch, layer, COMPUTES[name], truth, args.device)
+            for estimator, (rows, cost) in kept.get(f"{network} {sample} {layer} {name}", make).items():
+                found[network, layer, name, estimator] += [Sample(*row) for row in rows]
                 costs[network, layer, name, estimator].append(cost)
             progress.update()
     progress.close()
@@ -88,15 +90,14 @@ def run(args: argparse.Namespace) -> None:
     cells = list(cells_of(found))
     summary = list(summary_of(found, cells, costs))
     adapted = args.networks[:1] if args.tiny else args.networks
-    lora = [row for network in adapted for row in lora_gradients(network, args)]
-    ranges = list(ranges_of(args))
+    lora = [row for network in adapted for row in lora_gradients(network, args, kept)]
+    ranges = kept.get("range", lambda: list(ranges_of(args)))
     chosen = {name: COMPUTES[name].estimator("auto", args.device)._asdict() for name in args.compute}
     content = {"auto": chosen, "summary": summary, "lora": lora, "range": ranges}
     report.write_csv(args.out / "precision.csv", cells)
-    report.write_json(
-        args.out / "precision.json", report.record(args.device, time.perf_counter() - start) | content, digits=8
-    )
+    report.write_json(args.out / "precision.json", report.record(args.device, kept.seconds) | content, digits=8)
     draw(args.out / "precision.png", summary)
+    kept.done()
     show(content, args.networks)
 
 
@@ -133,8 +134,13 @@ def truth_of(unet: UNet2DConditionModel, batch: Batch, layer: str, device: torch
 
 
 def compared(
-    unet: UNet2DConditionModel, batch: Batch, layer: str, compute: Compute, truth: Measured, device: torch.device
-) -> Iterator[tuple[str, list[Sample], tuple[float, float]]]:
+    unet: UNet2DConditionModel,
+    batch: Batch,
+    layer: str,
+    compute: Compute,
+    truth: Callable[[], Measured],
+    device: torch.device,
+) -> dict[str, tuple[list[Sample], tuple[float, float]]]:
     """Each estimator's rows against the truth, and its cost: evaluations over literal's, seconds over literal's."""
     exact = compute.weights == torch.float64
     arguments = converted(batch.arguments, device, torch.float64) if exact else batch.arguments
@@ -145,9 +151,13 @@ def compared(
     auto = compute.estimator("auto", device)
     results["auto"] = next(results[name] for name, kind in kinds.items() if kind == auto)
     literal = results["literal"]
-    for name, result in results.items():
-        cost = result.evaluations / literal.evaluations, result.seconds / literal.seconds
-        yield name, samples_of(batch, result, truth), cost
+    return {
+        name: (
+            samples_of(batch, result, truth()),
+            (result.evaluations / literal.evaluations, result.seconds / literal.seconds),
+        )
+        for name, result in results.items()
+    }
 
 
 def samples_of(batch: Batch, result: Measured, truth: Measured) -> list[Sample]:
@@ -320,7 +330,7 @@ def draw(path: Path, summary: list[dict[str, Any]]) -> None:
     for name, marker in zip(networks, "os^", strict=False):
         axes[1].plot([], [], color=report.GREY, marker=marker, ls="", ms=6, label=NETWORKS[name].label)
     axes[1].plot([], [], color=report.GREY, lw=1, label="to the worst timestep and error size")
-    axes[1].legend(frameon=False, fontsize=9, loc="upper left")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=7)
     report.save_figure(path, figure)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.compute import COMPUTES
+from benchmarks.compute import COMPUTES, Compute
 from benchmarks.networks import NETWORKS
 from benchmarks.precision import RMS, TIMESTEPS, Sample, in_dtype, measured, prepared, samples_of, truth_of
 from ncp_loss.difference import Estimator
@@ -40,27 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
+    kept = report.Kept(args.out / "reach.partial.json", args.resume)
     timesteps, rms = ([1, 500], [0.05]) if args.tiny else (TIMESTEPS, RMS)
     found: Found = defaultdict(list)
     plan = [(n, s, layer) for n in args.networks for s in range(args.samples) for layer in args.layers]
     for network, sample, layer in tqdm(plan):
         unet, batch = prepared(network, args.seed + sample, args.tiny, timesteps, rms, args.device)
-        truth = truth_of(unet, batch, layer, args.device)
+        truth = cache(partial(truth_of, unet, batch, layer, args.device))
         for name in args.compute:
             compute, reaches = COMPUTES[name], args.reaches or REACHES[name]
             copied = in_dtype(unet, compute.weights)
+
+            def make(estimator: Estimator, copied: Any = copied, compute: Compute = compute) -> list[Sample]:
+                result = measured(copied, layer, estimator, batch.arguments, compute, args.device)  # noqa: B023
+                return samples_of(batch, result, truth())  # noqa: B023
+
             for reach in reaches[1:3] if args.tiny else reaches:
                 for at_end in (True, False):
                     estimator = Estimator("central", reach, at_end)
-                    result = measured(copied, layer, estimator, batch.arguments, compute, args.device)
-                    found[network, name, estimator] += samples_of(batch, result, truth)
+                    rows = kept.get(f"{network} {sample} {layer} {name} {estimator}", partial(make, estimator))
+                    found[network, name, estimator] += [Sample(*row) for row in rows]
 
     rows = list(rows_of(found))
     report.write_csv(args.out / "reach.csv", rows)
     content = {"layers": args.layers, "samples": args.samples}
-    report.write_json(args.out / "reach.json", report.record(args.device, time.perf_counter() - start) | content)
+    report.write_json(args.out / "reach.json", report.record(args.device, kept.seconds) | content)
     draw(args.out / "reach.png", rows)
+    kept.done()
     formats = dict.fromkeys(("ratio t<=5", "ratio t>=20", "scatter"), ".4f")
     formats |= dict.fromkeys(("cosine t<=5", "cosine t>=20", "cosine", "5th percentile"), ".5f")
     report.print_table("Central differences by reach", rows, formats)

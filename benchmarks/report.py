@@ -6,7 +6,8 @@ import csv
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,30 @@ import ncp_loss
 
 RED, BLUE, GREEN, ORANGE, GREY = "#c53030", "#2b6cb0", "#2f855a", "#dd8a2b", "#8a8f98"
 Row = Mapping[str, Any]
+
+
+class Kept:
+    """Results kept in a file as they come: with ``resume``, an interrupted run goes on where it stopped."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path, self.start = path, time.perf_counter()
+        self.found: dict[str, Any] = json.loads(path.read_text()) if resume and path.is_file() else {}
+        self.before: float = self.found.pop("seconds", 0.0)
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """What was found under ``key``, or else is made now: anything that JSON holds."""
+        if key not in self.found:
+            self.found[key] = make()
+            self.path.write_text(json.dumps(self.found | {"seconds": self.seconds}))
+        return self.found[key]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, that of interrupted runs included."""
+        return self.before + time.perf_counter() - self.start
+
+    def done(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def record(device: torch.device, seconds: float | None = None) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def preference_pairs(unet: UNet2DConditionModel, judge: Judge, seeds: range) -> 
 
 def align(
     unet: UNet2DConditionModel,
+    ncp: NoiseConditionedPerceptualLoss,
     pairs: tuple[Tensor, Tensor, Tensor],
     args: argparse.Namespace,
     evaluate: Callable[[int], None],
@@ -64,7 +65,6 @@ def align(
     scheduler = new_scheduler()
     parameters = add_lora(unet)
     reference = frozen_view(unet)  # the base model: the same weights, without the adapters
-    ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=scheduler)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)
 
     progress = trange(1, args.steps + 1, desc="aligning")
@@ -190,7 +190,8 @@ def main() -> None:
         curve[step] = Verdict(images, *judge(images, held_out))
 
     evaluate(0)
-    align(unet, pairs, args, evaluate)
+    ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=new_scheduler())
+    align(unet, ncp, pairs, args, evaluate)
     base, aligned = curve[0], curve[args.steps]
     share, low, high = win_rate(base, aligned)
     draw_samples(args.out / "samples.png", base, aligned, "NCP-DPO" if args.space == "perceptual" else "latent DPO")
