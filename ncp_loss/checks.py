@@ -83,13 +83,13 @@ def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool 
         check_like(other, value, name, latents)
 
 
-def check_timesteps(timesteps: Tensor, count: int) -> None:
-    """Whole numbers in [0, count)."""
+def check_timesteps(timesteps: Tensor, count: int, whole: bool = True) -> None:
+    """Whole numbers in [0, count), or any in [0, count]."""
     if values_are_free(timesteps):
         low, high = timesteps.min().item(), timesteps.max().item()
-        if low < 0 or high >= count:
-            raise bad("timesteps", f"in [0, {count})", f"in [{low}, {high}]")
-        if timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
+        if low < 0 or high > count or (whole and high == count):
+            raise bad("timesteps", f"in [0, {count}{')' if whole else ']'}", f"in [{low}, {high}]")
+        if whole and timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
             raise bad("timesteps", "whole numbers", timesteps.tolist())
 
 

@@ -87,7 +87,12 @@ class Enter(torch.autograd.Function):
 
 
 def feature_differences(
-    encode: Encode, base: Tensor, displacement: Tensor, ref_displacement: Tensor | None, estimator: Estimator
+    encode: Encode,
+    base: Tensor,
+    displacement: Tensor,
+    ref_displacement: Tensor | None,
+    estimator: Estimator,
+    target: Features | None = None,
 ) -> tuple[FeatureDifference, FeatureDifference | None]:
     r"""Differences of features between ``base + displacement`` and ``base``, for the model and for the reference.
 
@@ -107,24 +112,28 @@ def feature_differences(
         displacement: d = B (prediction - target), (B, ...), the only input that carries a gradient.
         ref_displacement: the reference's, or None.
         estimator: which of the above.
+        target: f(x*) where it is known already, for the estimators that take it ("literal" and "scaled").
     """
     d = displacement.detach()
     moves = [d] if ref_displacement is None else [d, ref_displacement]
     trains = torch.is_grad_enabled() and displacement.requires_grad
-    features: dict[int, Features] = {}
+    features: dict[int, Features] = {} if target is None else {id(base): target}
     if estimator.kind == "tangent":
         results, moving = _tangents(encode, base, moves), base + d
     else:
         ends = [_ends(base, move, estimator) for move in moves]
         moving = ends[0].plus if estimator.graph_at_end else base + d
-        fixed = {id(x): x for end in ends for x in (end.plus, end.minus) if not (trains and x is moving)}
-        with torch.no_grad():
-            features |= zip(fixed, _split(encode(torch.cat(list(fixed.values()))), len(fixed)), strict=True)
+        points = {id(x): x for end in ends for x in (end.plus, end.minus)}
+        fixed = [key for key, x in points.items() if key not in features and not (trains and x is moving)]
+        if fixed:
+            with torch.no_grad():
+                found = encode(torch.cat([points[key] for key in fixed]))
+            features |= zip(fixed, _split(found, len(fixed)), strict=True)
     if trains:
         entered, gate = Enter.apply(moving + (displacement - d))  # the value of moving, the derivative of displacement
         features[id(moving)] = graph = encode(entered)
     if estimator.kind != "tangent":
-        target = None if estimator.kind == "central" else features[id(base)]
+        target = features.get(id(base))
         results = [FeatureDifference(features[id(x.plus)], features[id(x.minus)], x.scale, target) for x in ends]
     if trains:
         results[0] = results[0]._replace(graph=graph, gate=gate)

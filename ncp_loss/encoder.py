@@ -36,15 +36,29 @@ class _Tap:
     def __init__(self, layer: str, kept: dict[str, Tensor], wanted: int) -> None:
         self.layer, self.kept, self.wanted = layer, kept, wanted
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A U-Net block returns its hidden states first, then what it keeps for skip connections.
-        features = output[0] if isinstance(output, tuple) else output
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        features = self._image_stream(args, kwargs, output)
         # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
         self.kept[self.layer] = features.clone() if len(self.kept) + 1 < self.wanted else features
         # An exporter keeps a stack of the modules it is in, which an exception would leave unbalanced: run on there,
         # and let its dead-code elimination remove the rest.
         if len(self.kept) == self.wanted and not torch.compiler.is_exporting():
             raise LastLayerReached
+
+    def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor:
+        """The output, or that one of several which has the shape of the ``hidden_states`` that came in.
+
+        A U-Net block returns its hidden states and what it keeps for skip connections, a tuple; a transformer block
+        with two streams returns the text's and the image's, in an order of its own.
+        """
+        streams = [x for x in output if isinstance(x, Tensor)] if isinstance(output, tuple) else [output]
+        if len(streams) > 1:
+            image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            streams = [x for x in streams if x.shape == image.shape]
+        if len(streams) != 1:
+            must_be = "a module that returns one tensor shaped like the hidden_states it is given"
+            raise bad("layer", must_be, f"{self.layer!r}, whose text and image streams are of one shape")
+        return streams[0]
 
 
 class FrozenEncoder:
@@ -57,10 +71,14 @@ class FrozenEncoder:
         layers: module paths as in ``model.get_submodule``; a negative index counts from the end, and a list of blocks
             stands for its last one. A mapping gives each layer's weight in the error, 1 otherwise.
         checkpoint: recompute each block's activations in backward.
+        call: how the model is called; by default with latents, ``timestep=`` and what conditioning is given, by name.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, *, checkpoint: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
+    ) -> None:
         self.view, links = twin_of(model)
+        self._call = call or _by_name
         if not isinstance(layers, str | Sequence | Mapping):
             raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
         names = (layers,) if isinstance(layers, str) else layers
@@ -82,7 +100,7 @@ class FrozenEncoder:
         self._watch = Watch(self.view, links, used, self._owned)
         self._kept: dict[str, Tensor] = {}
         for layer, end in ends.items():
-            modules[end].register_forward_hook(_Tap(layer, self._kept, len(ends)))
+            modules[end].register_forward_hook(_Tap(layer, self._kept, len(ends)), with_kwargs=True)
         if checkpoint:
             blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
             if not blocks:
@@ -102,15 +120,15 @@ class FrozenEncoder:
         if not torch.compiler.is_compiling():
             self._watch.check()
             self._check_own(latents)
-        if self._takes_text:
+        if self._takes_text or encoder_hidden_states is not None:
             model_kwargs["encoder_hidden_states"] = encoder_hidden_states
         batch, copies = len(timesteps), len(latents) // len(timesteps)
-        dtype = None if torch.is_autocast_enabled(latents.device.type) else self.dtype
+        dtype = None if _autocast_dtype(latents.device) else self.dtype
         conditioning = {k: _prepared(v, batch, copies, dtype, k) for k, v in model_kwargs.items()}
         self._kept.clear()
         latents = latents if dtype is None else latents.to(dtype)
         with contextlib.suppress(LastLayerReached):
-            self.view(latents, timestep=timesteps.repeat(copies), **conditioning)
+            self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
         if missing := self.weights.keys() - self._kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
         features = {layer: self._kept[layer] for layer in self.weights}
@@ -124,7 +142,7 @@ class FrozenEncoder:
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What the model computes in now, autocast included."""
-        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
+        return _autocast_dtype(device) or self.dtype
 
     @property
     def channels(self) -> int | None:
@@ -165,6 +183,15 @@ class FrozenEncoder:
             hint = "convert these with ncp.to(dtype)"
             must_be = f"in the dtype of the loss's copies of its trainable weights, {copied.dtype}: {hint}"
             raise bad("unet", must_be, shared.dtype)
+
+
+def _by_name(model: nn.Module, latents: Tensor, timesteps: Tensor, **conditioning: Any) -> None:
+    model(latents, timestep=timesteps, **conditioning)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    known = torch.amp.is_autocast_available(device.type)  # not so for "meta", on which costs are counted
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
 def _runs_after(name: str, end: str) -> bool:
@@ -208,7 +235,9 @@ def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, na
     if isinstance(value, Mapping):
         return {key: _prepared(item, batch, copies, dtype, key) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_prepared(item, batch, copies, dtype, name) for item in value)
+        # Image shapes and lengths of text come as one item for each sample; tensors in a list are batches, or tables.
+        samples = isinstance(value, list) and len(value) == batch and not any(isinstance(x, Tensor) for x in value)
+        return type(value)(_prepared(item, batch, copies, dtype, name) for item in value * (copies if samples else 1))
     if not isinstance(value, Tensor):
         return value
     value = value.detach()

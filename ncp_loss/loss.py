@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import bad, check_choice, check_device, check_latents, check_pairs, check_tensor
-from .difference import DIFFERENCES, choose, feature_differences
+from .checks import (
+    bad,
+    check_choice,
+    check_device,
+    check_floating,
+    check_latents,
+    check_pairs,
+    check_rows,
+    check_tensor,
+)
+from .difference import DIFFERENCES, Estimator, choose, feature_differences
 from .encoder import FrozenEncoder, Layers
 from .error import feature_error
 from .objectives import REDUCTIONS, reduce_batch
@@ -41,11 +51,16 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         normalize: divide each layer's error by the mean square of its target features.
         weighting: None, the paper's; "noise" divides by B^2, so that errors, and beta, have the scale of latent MSE.
         checkpoint: recompute the encoder's activations in backward: less memory, about one more encoder forward.
-        impl: "auto" or "eager".
+        call: how the trainer calls the model, where that is not ``model(latents, timestep=timesteps,
+            encoder_hidden_states=..., **model_kwargs)``: a function of just these, of which the first is the encoder,
+            as in ``lambda model, x, t, **kw: model(pack(x), timestep=t / 1000, **kw)`` for Flux.
+        impl: of the error's passes over features: "eager"; "triton", kernels that make no float32 copies; "auto", the
+            kernels on a GPU where triton is installed.
         reduction: "mean", "sum" or "none" (per sample).
 
     Raises:
         ValueError, TypeError: an unknown option, a layer the model does not have, an adapter merged into its weights.
+        ImportError: ``impl="triton"`` without triton.
 
     >>> from diffusers import UNet2DConditionModel
     >>> unet = UNet2DConditionModel(
@@ -68,6 +83,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         normalize: bool = False,
         weighting: str | None = None,
         checkpoint: bool = False,
+        call: Callable[..., Any] | None = None,
         impl: str = "auto",
         reduction: str = "mean",
     ) -> None:
@@ -78,12 +94,14 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             raise bad("step", "a positive int, 'uniform' or 'clean'", repr(step))
         check_choice("difference", difference, DIFFERENCES)
         check_choice("weighting", weighting, (None, "noise"))
-        check_choice("impl", impl, ("auto", "eager"))
+        check_choice("impl", impl, ("auto", "eager", "triton"))
+        if impl == "triton":
+            importlib.import_module("ncp_loss.fused")  # what was asked for by name and is not there is an error, now
         check_choice("reduction", reduction, REDUCTIONS)
         self.schedule = NoiseSchedule.from_scheduler(schedule)
         self.step, self.difference, self.reduction = step, difference, reduction
-        self.normalize, self.weighting = normalize, weighting
-        self._encoder = FrozenEncoder(unet, layer, checkpoint=checkpoint)
+        self.normalize, self.weighting, self.impl = normalize, weighting, impl
+        self._encoder = FrozenEncoder(unet, layer, checkpoint=checkpoint, call=call)
 
     def forward(
         self,
@@ -93,18 +111,21 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         timesteps: Tensor,
         encoder_hidden_states: Tensor | None = None,
         *,
-        variance_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
+        per_sample: bool = False,
+        **options: Any,
+    ) -> Any:
         """The batch's error; arguments as in :meth:`errors`.
+
+        Args:
+            per_sample: return what :meth:`errors` returns, by way of the call, which is what ``torch.compile(ncp)``
+                compiles.
 
         Returns:
             0-dim, or (B,) with ``reduction="none"``; float32 or better.
         """
         inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-        error, _ = self.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
-        return reduce_batch(error, self.reduction)
+        errors = self.errors(*inputs, **options)
+        return errors if per_sample else reduce_batch(errors[0], self.reduction)
 
     def errors(
         self,
@@ -115,6 +136,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         *,
         ref_pred: Tensor | None = None,
+        target_features: dict[str, Tensor] | None = None,
         variance_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         pairs: bool = False,
@@ -129,6 +151,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             timesteps: t, int64 or whole floats in [0, T), 0-dim or (B,).
             encoder_hidden_states: the text condition, (B, L, D).
             ref_pred: the reference model's prediction, (B, C, H, W).
+            target_features: kept from :meth:`target_features` of these very inputs.
             variance_noise: z of the reverse step, (B, C, H, W). Without it z is drawn from ``generator``, and without
                 that it is 0: it moves the point where features are compared, never the difference of the latents.
             generator: draws z, and t' for ``step="uniform"`` (the global one draws t' where this is None).
@@ -143,15 +166,15 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since the loss was built.
         """
         # What is asked and what is given, before any work is done.
-        encoder, optional = self._encoder, {"ref_pred": ref_pred, "variance_noise": variance_noise}
-        given = {name: value for name, value in optional.items() if value is not None}
-        given = {"target": target, "model_pred": model_pred} | given
-        check_latents("noisy_latents", noisy_latents, encoder.channels, pairs, **given)
-        timesteps = self._batch_timesteps(timesteps, noisy_latents)
+        encoder, predictions = self._encoder, {"target": target, "model_pred": model_pred, "ref_pred": ref_pred}
+        inputs = noisy_latents, timesteps, encoder_hidden_states, model_kwargs
+        timesteps = self._checked(*inputs, predictions | {"variance_noise": variance_noise}, pairs=pairs)
         if pairs:
             noise = target if self.schedule.prediction_type == "epsilon" else None
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
-        encoder.check_conditioning(noisy_latents, encoder_hidden_states, model_kwargs)
+        estimator = choose(self.difference, encoder.compute_dtype(noisy_latents.device), noisy_latents.device)
+        if target_features is not None:
+            self._check_target_features(target_features, noisy_latents, estimator)
 
         # From here to the encoder's door in float32 at least, whatever the model's dtype.
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
@@ -168,10 +191,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             back.latents(x, truth, z),
             back.displacement(model_pred, truth),
             None if ref_pred is None else back.displacement(ref_pred.detach(), truth),
-            choose(self.difference, encoder.compute_dtype(x.device), x.device),
+            estimator,
+            target_features,
         )
         unit = back.B if self.weighting == "noise" else None
-        error = partial(feature_error, weights=encoder.weights, normalize=self.normalize, unit=unit)
+        error = partial(feature_error, weights=encoder.weights, normalize=self.normalize, unit=unit, impl=self.impl)
         return error(model), None if reference is None else error(reference)
 
     def features(
@@ -188,17 +212,74 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
         """
-        check_latents("latents", latents, self._encoder.channels)
-        self._encoder.check_conditioning(latents, encoder_hidden_states, model_kwargs)
-        return self._encoder(latents, self._batch_timesteps(timesteps, latents), encoder_hidden_states, **model_kwargs)
+        timesteps = self._checked(latents, timesteps, encoder_hidden_states, model_kwargs, {}, name="latents")
+        return self._encoder(latents, timesteps, encoder_hidden_states, **model_kwargs)
 
-    def _batch_timesteps(self, timesteps: Tensor, latents: Tensor) -> Tensor:
+    @torch.no_grad()
+    def target_features(
+        self,
+        target: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        variance_noise: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """f(x*): what to keep, and pass to :meth:`errors`, where a sample is trained on with the same noise each time.
+
+        With it and a kept ``ref_error`` a training step evaluates the encoder once. For the estimators that take
+        f(x*), "literal" and "scaled", thus for float32, in which "auto" is one of them; not for ``step="uniform"``.
+
+        Args:
+            target, noisy_latents, timesteps, encoder_hidden_states, variance_noise, **model_kwargs: as in
+                :meth:`errors`, with ``variance_noise=None`` for z = 0.
+
+        Returns:
+            {layer: (B, ...)}, in the dtype that the encoder computes in.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as in :meth:`errors`.
+        """
+        given = {"target": target, "variance_noise": variance_noise}
+        timesteps = self._checked(noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given)
+        dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, target.dtype), torch.float32)
+        back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype)
+        base = back.latents(noisy_latents.to(dtype), target.to(dtype), variance_noise)
+        return self._encoder(base, back.timesteps, encoder_hidden_states, **model_kwargs)
+
+    def _checked(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor | None,
+        model_kwargs: dict[str, Any],
+        like_latents: Mapping[str, Tensor | None],
+        name: str = "noisy_latents",
+        pairs: bool = False,
+    ) -> Tensor:
+        """What every method is given, looked over; the timesteps, one for each sample."""
+        given = {key: value for key, value in like_latents.items() if value is not None}
+        check_latents(name, latents, self._encoder.channels, pairs, **given)
         check_device("timesteps", check_tensor("timesteps", timesteps), "noisy_latents", latents)
         if timesteps.ndim == 0:
-            return timesteps.expand(len(latents))
+            timesteps = timesteps.expand(len(latents))
         if timesteps.shape != (len(latents),):
             raise bad("timesteps", f"0-dimensional or of shape ({len(latents)},)", f"of shape {tuple(timesteps.shape)}")
+        self._encoder.check_conditioning(latents, text, model_kwargs)
         return timesteps
+
+    def _check_target_features(self, kept: dict[str, Tensor], latents: Tensor, estimator: Estimator) -> None:
+        if estimator.kind not in ("literal", "scaled") or self.step == "uniform":
+            why = f"difference {estimator.kind!r} in {self._encoder.compute_dtype(latents.device)}, step={self.step!r}"
+            must_be = (
+                "None unless differences start at the target ('literal', 'scaled'), with a step that is not random"
+            )
+            raise bad("target_features", must_be, f"given, with {why}")
+        if kept.keys() != self._encoder.weights.keys():
+            raise bad("target_features", f"of the layers {sorted(self._encoder.weights)}", f"of {sorted(kept)}")
+        for layer, features in kept.items():
+            check_rows(f"target_features[{layer!r}]", check_floating(f"target_features[{layer!r}]", features), latents)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
         """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""

@@ -61,15 +61,14 @@ def ncp_dpo_loss(
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    error, from_pred = ncp.errors(
-        *inputs, ref_pred=ref_pred, variance_noise=variance_noise, generator=generator, pairs=True, **model_kwargs
-    )
+    options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
+    error, from_pred = ncp(*inputs, ref_pred=ref_pred, pairs=True, per_sample=True, **options)
     ref = ref_error if from_pred is None else from_pred
     check_like("ref_error", ref, "the batch's errors", error)
     chosen, rejected = error.chunk(2)
     ref_chosen, ref_rejected = cast(Tensor, ref).detach().chunk(2)
-    options: dict[str, Any] = {"loss_type": loss_type, "label_smoothing": label_smoothing, "reduction": reduction}
-    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **options)
+    errors = chosen, rejected, ref_chosen, ref_rejected
+    loss = dpo_loss(*errors, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta))
 
 
@@ -104,7 +103,8 @@ def ncp_cpo_loss(
         ValueError, TypeError: an odd batch, or another bad argument.
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, pairs=True, **model_kwargs)
+    options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
+    error, _ = ncp(*inputs, pairs=True, per_sample=True, **options)
     chosen, rejected = error.chunk(2)
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
@@ -138,6 +138,7 @@ def ncp_sft_loss(
         ValueError, TypeError: a bad argument.
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
+    options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
+    error, _ = ncp(*inputs, per_sample=True, **options)
     loss = sft_loss(error, reduction=reduction)
     return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})

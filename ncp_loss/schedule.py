@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import bad, check_choice, check_timesteps
+from .checks import bad, check_choice, check_positive, check_timesteps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Step = int | Literal["uniform", "clean"]
@@ -78,19 +78,27 @@ class NoiseSchedule:
 
         The betas are accumulated anew in float64: a scheduler's own ``alphas_cumprod`` is float32, and B, a small
         difference of such numbers, would keep three or four digits of it. None is Stable Diffusion's schedule: 1000
-        steps, ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon.
+        steps, ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A flow-matching scheduler gives a
+        :class:`FlowSchedule` with its shift.
 
         Raises:
-            TypeError: the scheduler has no betas.
+            TypeError: the scheduler has neither betas nor a shift.
         """
         if scheduler is None:
             return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square())
         if isinstance(scheduler, NoiseSchedule):
             return scheduler
-        if not isinstance(getattr(scheduler, "betas", None), Tensor):
-            must_be = "a NoiseSchedule, a diffusers scheduler that has `betas`, or None"
+        config: Any = getattr(scheduler, "config", None)
+        betas = isinstance(getattr(scheduler, "betas", None), Tensor)
+        flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
+        if flows or (not betas and hasattr(config, "shift")):
+            dynamic = getattr(config, "use_dynamic_shifting", False)  # by the image's size, and only in sampling
+            shift = config.flow_shift if flows else 1.0 if dynamic else config.shift
+            return FlowSchedule(shift, config.num_train_timesteps)
+        if not betas:
+            must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
             raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
-        return cls(scheduler.betas, getattr(scheduler.config, "prediction_type", "epsilon"))
+        return cls(scheduler.betas, getattr(config, "prediction_type", "epsilon"))
 
     def __len__(self) -> int:
         return len(self._alpha) - 1
@@ -183,3 +191,76 @@ class NoiseSchedule:
         }[self.prediction_type]()
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
         return A, B, s
+
+
+class FlowSchedule(NoiseSchedule):
+    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``; the model predicts ``eps - x_0``, "flow".
+
+    A timestep is ``sigma * steps``, a float in (0, steps], on the grid or between its points, as trainers of SD 3, Flux
+    and their kin hold it. The grid is uniform in u, ``sigma = shift u / (1 + (shift - 1) u)``; step=k goes from u to
+    ``u - k / steps``: ``x_t' = x_t + (sigma' - sigma) o``, the Euler step, with nothing random in it (eta = 0).
+
+    Args:
+        shift: of the sigmas, as in FlowMatchEulerDiscreteScheduler; 1 where shifting is dynamic.
+        steps: T, the scale of the timesteps.
+
+    Raises:
+        ValueError: a shift that is not positive, no steps.
+
+    >>> schedule = FlowSchedule(shift=3.0)
+    >>> schedule.reverse_step(torch.tensor([750.0])).timesteps  # u = 0.5, then 0.499
+    tensor([749.2496])
+    """
+
+    def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
+        check_positive("shift", shift)
+        check_positive("steps", steps)
+        self.prediction_type = "flow"
+        self.shift, self.steps = float(shift), int(steps)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __repr__(self) -> str:
+        return f"FlowSchedule(shift={self.shift}, steps={self.steps})"
+
+    def alpha(self, timesteps: Tensor) -> Tensor:
+        """The signal's scale, 1 - sigma."""
+        return 1 - self.sigma(timesteps)
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """The noise's scale at ``timesteps``, any shape, float64."""
+        t = torch.as_tensor(timesteps)
+        return t.to(torch.float32 if t.device.type == "mps" else torch.float64) / self.steps
+
+    def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
+        """t' for t: ``step`` grid points below; 0, the clean end, past the last and at "clean"; drawn for "uniform"."""
+        sigma = self.sigma(timesteps)
+        if step == "clean":
+            return torch.zeros_like(sigma)
+        if step == "uniform":
+            device = sigma.device if generator is None else generator.device
+            u = torch.rand(sigma.shape, generator=generator, device=device).to(sigma)
+        else:
+            u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
+        return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def reverse_step(
+        self,
+        timesteps: Tensor,
+        step: Step = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+        pairs: bool = False,
+    ) -> ReverseStep:
+        """A = 1, ``B = sigma' - sigma``, s = 0; arguments as in :meth:`NoiseSchedule.reverse_step`."""
+        check_timesteps(timesteps, self.steps, whole=False)
+        if step == "uniform" and pairs:
+            drawn = self.next_timesteps(timesteps[: len(timesteps) // 2], step, generator)
+            after = torch.cat([drawn, drawn])
+        else:
+            after = self.next_timesteps(timesteps, step, generator)
+        B = (self.sigma(after) - self.sigma(timesteps)).to(dtype)
+        floating = timesteps.dtype if timesteps.is_floating_point() else torch.float32
+        return ReverseStep(torch.ones_like(B), B, torch.zeros_like(B), after.to(floating))

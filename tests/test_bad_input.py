@@ -290,6 +290,29 @@ ROWS += [
 ]
 
 
+def kept(loss: NCP, features: Any) -> Any:
+    return loss.errors(**batch(unet(), **SIZE), target_features=features)
+
+
+KEPT = {"down_blocks": torch.zeros(2, 16, 4, 4)}
+ROWS += [
+    Bad("kept: central", lambda: kept(NCP(unet(), difference="central"), KEPT), "target_features must be None unless"),
+    Bad("kept: uniform", lambda: kept(NCP(unet(), step="uniform"), KEPT), "target_features must be None unless"),
+    Bad("kept: layers", lambda: kept(ncp(), {}), "target_features must be of the layers ['down_blocks']; it was of []"),
+    Bad(
+        "kept: rows",
+        lambda: kept(ncp(), {"down_blocks": torch.zeros(3, 16, 4, 4)}),
+        "target_features['down_blocks'] must be one row per sample, 2; it was shaped (3, 16, 4, 4)",
+    ),
+    Bad(
+        "kept: integers",
+        lambda: kept(ncp(), {"down_blocks": torch.zeros(2, 1).int()}),
+        "target_features['down_blocks'] must be a floating-point tensor",
+        TypeError,
+    ),
+]
+
+
 @pytest.mark.parametrize("row", ROWS, ids=[f"{i}: {row.message[:70]}" for i, row in enumerate(ROWS)])
 def test_a_bad_argument_is_named_and_told_what_it_must_be(row: Bad) -> None:
     with pytest.raises(row.error, match="^" + re.escape(row.message)) as raised:

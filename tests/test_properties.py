@@ -208,3 +208,28 @@ def test_sdxl_sizes_are_not_rounded_to_the_models_dtype():
         added_cond_kwargs=arguments["added_cond_kwargs"] | {"time_ids": ids},
     )
     assert torch.equal(seen[0], ids.flatten())
+
+
+@pytest.mark.parametrize("difference", ["literal", "scaled"])
+@pytest.mark.parametrize("layer", ["down_blocks", ["down_blocks.0", "mid_block"]])
+def test_kept_target_features_change_neither_value_nor_gradient_and_save_an_evaluation(difference, layer):
+    unet = sd15()
+    arguments = batch(unet, 2, pairs=True)
+    ncp = NoiseConditionedPerceptualLoss(unet, layer, difference=difference)
+    kept = ncp.target_features(**{k: v for k, v in arguments.items() if k not in ("model_pred", "ref_pred")})
+    calls = []
+    ncp._encoder.view.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    prediction = arguments["model_pred"]
+    fresh = ncp_dpo_loss(ncp, **arguments, beta=1e5).loss
+    reused = ncp_dpo_loss(ncp, **arguments, target_features=kept, beta=1e5).loss
+    assert calls == [8, 4, 4, 4]
+    torch.testing.assert_close(reused, fresh, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, prediction)[0] for loss in (fresh, reused)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+    calls.clear()
+    ref_error = ncp.errors(**arguments)[1]
+    calls.clear()
+    del arguments["ref_pred"]
+    ncp_dpo_loss(ncp, **arguments, target_features=kept, ref_error=ref_error)
+    assert calls == [4]  # one evaluation, the model's

@@ -235,3 +235,19 @@ def test_half_precision_gives_finite_float32_errors_and_gradients_in_the_predict
     assert gradient.dtype == latents
     assert gradient.isfinite().all()
     assert gradient.any()
+
+
+def test_a_compiled_loss_is_what_the_preference_losses_run() -> None:
+    unet = small()
+    arguments = batch(unet, pairs=True)
+    ncp = NCP(add_lora(unet), difference="scaled")
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.compile(ncp, fullgraph=True, backend=backend)
+    compiled, eager = (ncp_dpo_loss(loss, **arguments, beta=1e5).loss for loss in (whole, ncp))
+    assert len(graphs) == 1
+    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)

@@ -1,0 +1,211 @@
+"""Transformers and flow matching: errors equal the definition, taken by a hook on the whole model and from sigmas."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from families import FAMILIES, Family, family_batch, flow, transformer
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from ncp_loss import NoiseConditionedPerceptualLoss as NCP
+from ncp_loss import NoiseSchedule, frozen_view, ncp_dpo_loss
+
+CASES = [(name, layer) for name, family in FAMILIES.items() for layer in family.layers]
+CONDITIONING = ("model_pred", "ref_pred", "target", "noisy_latents", "timesteps")
+
+
+def loss(family: Family, model: nn.Module, layer: str, **options: Any) -> NCP:
+    return NCP(model, layer, schedule=family.scheduler, call=family.call, **options)
+
+
+def module_at(model: nn.Module, layer: str) -> nn.Module:
+    parent, _, index = layer.rpartition(".")
+    return model.get_submodule(parent)[int(index)]
+
+
+def image_stream(module: nn.Module, kept: list[Tensor]) -> Any:
+    """A hook that keeps the image's features: by what diffusers' code returns, not by what the library thinks of it."""
+    text_first = type(module).__name__ in (
+        "JointTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "QwenImageTransformerBlock",
+    )
+    return module.register_forward_hook(lambda _, args, out: kept.append(out[1] if text_first else out))
+
+
+def whole_model_features(family: Family, model: nn.Module, layer: str, x: Tensor, t: Tensor, given: dict) -> Tensor:
+    kept: list[Tensor] = []
+    conditioning = {k: v for k, v in given.items() if k not in CONDITIONING}
+    call = family.call or (lambda m, x, t, **kw: m(x, timestep=t, **kw))
+    handle = image_stream(module_at(model, layer), kept)
+    call(model, x, t, **conditioning)
+    handle.remove()
+    return kept[0]
+
+
+def step_of(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and t' of one reverse step with z = 0, from the scheduler's own tables."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        at = torch.stack([(scheduler.timesteps - each).abs().argmin() for each in t])
+        u = 1 - at.double() / 1000  # the grid before shifting: 1, 0.999, ...
+        sigma, after = (scheduler.config.shift * v / (1 + (scheduler.config.shift - 1) * v) for v in (u, u - 1 / 1000))
+        torch.testing.assert_close(sigma, scheduler.sigmas[at].double(), rtol=1e-6, atol=0)
+        return torch.ones_like(sigma), after - sigma, after * 1000
+    t, abar = t.long(), torch.cumprod(1 - scheduler.betas.double(), 0)
+    now, prev = abar[t], abar[t - 1]
+    alpha = now / prev
+    # The posterior mean, from the estimate of x_0 that the prediction gives.
+    of_x0, of_x = prev.sqrt() * (1 - alpha) / (1 - now), alpha.sqrt() * (1 - prev) / (1 - now)
+    if scheduler.config.prediction_type == "epsilon":
+        return of_x + of_x0 / now.sqrt(), -of_x0 * (1 - now).sqrt() / now.sqrt(), t - 1
+    return of_x + of_x0 * now.sqrt(), -of_x0 * (1 - now).sqrt(), t - 1
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES)
+def test_errors_and_gradients_are_the_definitions(name: str, layer: str) -> None:
+    family = FAMILIES[name]
+    model, given = transformer(family), family_batch(family)
+    ncp = loss(family, model, layer, difference="literal")
+    error, ref_error = ncp.errors(**given)
+    (gradient,) = torch.autograd.grad(error.sum(), given["model_pred"])
+
+    A, B, after = step_of(family.scheduler, given["timesteps"])
+    pristine = copy.deepcopy(model)
+
+    def features(prediction: Tensor) -> Tensor:
+        x = A.reshape(-1, 1, 1, 1) * given["noisy_latents"] + B.reshape(-1, 1, 1, 1) * prediction
+        return whole_model_features(family, pristine, layer, x, after.to(given["timesteps"].dtype), given)
+
+    truth = features(given["target"]).detach()
+    wanted = (features(given["model_pred"]) - truth).square().flatten(1).mean(1)
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), given["model_pred"])
+    wanted_ref = (features(given["ref_pred"]) - truth).square().flatten(1).mean(1)
+    # Position tables and norms of some models are float32 whatever the weights are.
+    rtol = 1e-7 if name in ("PixArt", "HunyuanDiT") else 1e-3
+    torch.testing.assert_close(error, wanted, rtol=rtol, atol=0)
+    torch.testing.assert_close(ref_error, wanted_ref.detach(), rtol=rtol, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=rtol, atol=rtol * float(wanted_gradient.abs().max()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_past_the_layer_runs(name: str) -> None:
+    family = FAMILIES[name]
+    model, layer = transformer(family), family.layers[-1]
+    ncp, ran = loss(family, model, layer), []
+    parent = layer.rpartition(".")[0]
+    for block_name, block in ncp._encoder.view.get_submodule(parent).named_children():
+        block.register_forward_pre_hook(lambda *_, n=block_name: ran.append(int(n)))
+    ncp.errors(**family_batch(family))
+    last = list(model.get_submodule(parent)).index(module_at(model, layer))
+    assert max(ran) == last < len(model.get_submodule(parent)) - 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_estimator_agrees_and_lora_trains_on_a_shared_frozen_base(name: str) -> None:
+    family = FAMILIES[name]
+    model, given = transformer(family), family_batch(family)
+    layer = family.layers[-1]
+    literal, _ = loss(family, model, layer, difference="literal").errors(**given)
+    targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith("to_q")]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    assert targets
+    shared = {p.data_ptr() for p in adapted.parameters()}
+    for difference in ("scaled", "central", "tangent"):
+        ncp = loss(family, adapted, layer, difference=difference)
+        assert all(p.data_ptr() in shared for p in ncp._encoder.view.parameters())
+        torch.testing.assert_close(ncp.errors(**given)[0], literal, rtol=0.05, atol=0)
+    reference = frozen_view(adapted)
+    conditioning = {k: v for k, v in given.items() if k not in CONDITIONING}
+    call = family.call or (lambda m, x, t, **kw: m(x, timestep=t, **kw))
+    at = given["noisy_latents"], given["timesteps"].to(torch.float64)
+    base = transformer(family)
+    for ours, theirs in zip(call(reference, *at, **conditioning)[0], call(base, *at, **conditioning)[0], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_flow_step_is_the_schedulers_own_euler_step() -> None:
+    scheduler = flow(3.0)
+    scheduler.set_timesteps(1000)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    generator = torch.Generator().manual_seed(0)
+    x, o = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
+    for i in (0, 10, 500, 990):
+        t = FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[i : i + 1]
+        step = schedule.reverse_step(t)
+        torch.testing.assert_close(step.latents(x, o, None), x + step.B * o, rtol=1e-6, atol=1e-6)
+        after = FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[i + 1]
+        torch.testing.assert_close(step.timesteps, after[None], rtol=1e-5, atol=1e-4)
+
+
+@given(st.floats(0.5, 8.0), st.floats(0.01, 1000.0), st.integers(1, 1500))
+def test_flow_steps_compose_and_end_at_the_clean_end(shift: float, t: float, step: int) -> None:
+    schedule = NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=shift))
+    at = torch.tensor([t], dtype=torch.float64)
+    once, rest = schedule.next_timesteps(at, step), schedule.next_timesteps(schedule.next_timesteps(at, 1), step - 1)
+    torch.testing.assert_close(once, rest, rtol=1e-9, atol=1e-9)
+    assert 0 <= once < at
+    assert schedule.next_timesteps(at, 1000) == 0
+    back = schedule.reverse_step(at, "clean", dtype=torch.float64)
+    torch.testing.assert_close(back.B, -at / 1000)
+    assert back.timesteps == 0
+
+
+@pytest.mark.parametrize("step", [1, 50, "uniform", "clean"])
+def test_pairs_share_the_step_of_a_flow(step: Any) -> None:
+    family = FAMILIES["SD3"]
+    given = family_batch(family)
+    given["timesteps"] = given["timesteps"][:1].repeat(2)
+    ncp = loss(family, transformer(family), family.layers[0], step=step)
+    out = ncp_dpo_loss(ncp, **given, generator=torch.Generator().manual_seed(0), beta=10.0)
+    assert out.loss.isfinite()
+    schedule = ncp.schedule.reverse_step(given["timesteps"], step, pairs=True)
+    assert schedule.timesteps[0] == schedule.timesteps[1]
+
+
+def test_normalize_makes_errors_of_loud_and_quiet_layers_comparable() -> None:
+    """Activations of transformers reach thousands: raw squared errors differ by their square."""
+    family = FAMILIES["SD3"]
+    given = family_batch(family)
+    quiet, loud = transformer(family), transformer(family)
+    with torch.no_grad():
+        for block in loud.transformer_blocks:  # what a block adds to its residual stream, three thousand times over
+            block.attn.to_out[0].weight.mul_(3000)
+            block.ff.net[2].weight.mul_(3000)
+    raw, relative = (
+        [loss(family, model, family.layers[-1], normalize=n).errors(**given)[0].mean() for model in (quiet, loud)]
+        for n in (False, True)
+    )
+    assert raw[1] / raw[0] > 50
+    assert 0.1 < relative[1] / relative[0] < 10
+
+
+def test_streams_of_one_shape_are_refused_by_name() -> None:
+    family = FAMILIES["SD3"]
+    given = family_batch(family)
+    given["encoder_hidden_states"] = torch.randn(2, 16, 16, dtype=torch.float64)  # as many words as image tokens
+    with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor shaped like the hidden"):
+        loss(family, transformer(family), family.layers[0]).errors(**given)
+
+
+def test_flow_schedules_are_read_from_every_kind_of_flow_scheduler() -> None:
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    flows = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        DPMSolverMultistepScheduler(**flows),
+        UniPCMultistepScheduler(**flows),
+    ):
+        schedule = NoiseSchedule.from_scheduler(scheduler)
+        assert (schedule.prediction_type, schedule.shift, len(schedule)) == ("flow", 3.0, 1000)
+    dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    assert NoiseSchedule.from_scheduler(dynamic).shift == 1.0
+    assert NoiseSchedule.from_scheduler(DDPMScheduler()).prediction_type == "epsilon"
