@@ -150,7 +150,22 @@ def sft_loss(chosen_error: Tensor, *, reduction: str = "mean") -> Tensor:
 def preference_metrics(
     loss: Tensor, chosen_error: Tensor, rejected_error: Tensor, ref: tuple[Tensor, Tensor] | None, beta: float
 ) -> dict[str, Tensor]:
-    """What trainers log, by the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half."""
+    """What trainers log, by the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half.
+
+    Args:
+        loss: of the batch, any shape.
+        chosen_error, rejected_error: the model's errors on winners and losers, (B,).
+        ref: the reference's on winners and losers, (B,) each, or None, as for CPO.
+        beta: as in the loss.
+
+    Returns:
+        0-dim tensors without gradient: ``loss, raw_model_loss, ref_loss`` (with a reference), ``implicit_acc`` and
+        ``rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies``. Reading none, it waits for no GPU.
+
+    >>> e = torch.tensor([0.5, 0.25])
+    >>> preference_metrics(e.mean(), e, e + 0.5, (e, e), beta=2.0)["rewards/margins"]
+    tensor(1.)
+    """
     chosen, rejected = chosen_error.detach(), rejected_error.detach()
     ref_chosen, ref_rejected = ref or (torch.zeros_like(chosen), torch.zeros_like(rejected))
     # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.

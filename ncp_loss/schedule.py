@@ -209,7 +209,7 @@ class FlowSchedule(NoiseSchedule):
 
     >>> schedule = FlowSchedule(shift=3.0)
     >>> schedule.reverse_step(torch.tensor([750.0])).timesteps  # u = 0.5, then 0.499
-    tensor([749.2496])
+    tensor([749.2493])
     """
 
     def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
