@@ -12,6 +12,10 @@ import torch
 BENCHMARKS = {
     "precision": "error and gradient in every precision, against float64",
     "reach": "how far from the middle a central difference should look",
+    "throughput": "what a training step costs, against latent DPO and the published algorithm",
+    "layers": "what each layer costs, and how the cost grows",
+    "memory": "what a training step holds, and weights beyond the model",
+    "kernels": "what the fused kernels compile to, and the memory they move",
     "alignment": "digits aligned with the encoder in float32 and in bfloat16",
 }
 

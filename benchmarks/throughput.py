@@ -1,0 +1,218 @@
+"""What a training step costs: latent DPO, the published NCP algorithm and this library, in interleaved rounds.
+
+Each round runs every contender once, in one process; figures are medians over rounds, and ratios of medians. A step is
+forward and backward passes, with LoRA on attention, without the optimizer, which all share. Writes throughput.csv
+(every time), throughput.json (medians, ratios, FLOPs, where time goes) and throughput.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.networks import converted, digits, digits_batch
+from benchmarks.steps import LATENTS, MODELS, CurrentStep, Steps
+from examples.digits import new_scheduler
+from ncp_loss import NoiseConditionedPerceptualLoss
+
+DIGITS_TIMESTEPS = [5, 100, 500, 900]
+BASE, PEER, OURS = "latent DPO", "NCP as published", "ncp_loss"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--latents", type=int, help=f"height and width; default: {LATENTS}")
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--layer", choices=["down_blocks", "mid_block"], default="mid_block")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", help="of the steps, besides the two that all are compared with")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    if args.tiny:
+        args.model, args.rounds, args.compile = "tiny", 2, False
+    latents = args.latents or LATENTS[args.model]
+    steps = Steps(args.model, latents, args.pairs, args.layer, getattr(torch, args.dtype), args.device)
+    contenders = contenders_of(steps, args.compile)
+    if args.only:
+        contenders = {name: step for name, step in contenders.items() if name in (BASE, PEER, *args.only)}
+    parts = {
+        "model, forward and backward": steps.model_part,
+        "reference, forward": steps.predict_reference,
+        "encoder at reference and target, forward": steps.fixed_encoder_part,
+        "encoder at the prediction, forward and backward": steps.trained_encoder_part,
+    }
+    times = interleaved(contenders | parts, args.rounds, args.threads)
+    flops = {name: flops_of(step) for name, step in ({BASE: steps.latent} | contenders | parts).items()}
+
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    rows = [
+        {
+            "step": name,
+            "seconds": medians[name],
+            "quartiles": statistics.quantiles(times[name], n=4)[::2] if len(times[name]) > 1 else None,
+            "over latent DPO": medians[name] / medians[BASE],
+            "over the published": medians[name] / medians[PEER],
+            "FLOPs over latent DPO": flops[name] / flops[BASE],
+        }
+        for name in contenders
+    ]
+    whole, whole_flops = sum(medians[name] for name in parts), sum(flops[name] for name in parts)
+    content: dict[str, Any] = {
+        "settings": {k: getattr(args, k) for k in ("model", "pairs", "layer", "dtype", "rounds")}
+        | {"latents": latents},
+        "steps": rows,
+        "parts": [{"part": name, "seconds": medians[name], "share": medians[name] / whole} for name in parts],
+        "step over its parts": {"time": medians[OURS] / whole, "FLOPs": flops[OURS] / whole_flops},
+        "profile": profile_of(steps.trained_encoder_part),
+    }
+    if steps.target_features is not None:
+        content["features of the current step"] = fidelity(steps, args.device)
+    name = "throughput" if args.model in ("small", "tiny") else f"throughput-{args.model}"
+    report.write_csv(
+        args.out / f"{name}.csv", [{"round": i} | dict(zip(times, r, strict=True)) for i, r in rounds_of(times)]
+    )
+    report.write_json(args.out / f"{name}.json", report.record(args.device, time.perf_counter() - start) | content)
+    draw(
+        args.out / f"{name}.png",
+        rows,
+        times,
+        f"{args.model}, {latents} x {latents} latents, {args.layer}, {args.dtype}",
+    )
+    formats = {"seconds": ".3f", "over latent DPO": ".3f", "over the published": ".3f", "FLOPs over latent DPO": ".3f"}
+    report.print_table("A training step", [{k: r[k] for k in r if k != "quartiles"} for r in rows], formats)
+    report.print_table("Its parts", content["parts"], {"seconds": ".3f", "share": ".3f"})
+    print(f"a step over its parts: {content['step over its parts']}")
+    report.print_table(
+        "Where the encoder's forward and backward pass takes its time", content["profile"], {"share": ".3f"}
+    )
+    if steps.target_features is not None:
+        title = "The gradient with features of the current step, against the definition's"
+        report.print_table(
+            title, content["features of the current step"], dict.fromkeys(("cosine", "lowest", "size ratio"), ".4f")
+        )
+
+
+def contenders_of(steps: Steps, compiled: bool) -> dict[str, Callable[[], Any]]:
+    contenders: dict[str, Callable[[], Any]] = {
+        BASE: steps.latent,
+        PEER: steps.published_step,
+        "hook on the whole U-Net": steps.hooked,
+        OURS: steps.perceptual,
+    }
+    if compiled:
+        whole = torch.compile(steps.ncp)
+        contenders["ncp_loss, compiled"] = lambda: steps.perceptual(whole)
+    contenders["ncp_loss, kept reference"] = steps.kept_reference
+    if steps.target_features is not None:
+        contenders["ncp_loss, kept reference and target"] = steps.kept_reference_and_target
+        contenders["ncp_loss, target from the reference"] = steps.from_reference
+    return contenders
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one round that is not counted."""
+    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in tqdm(range(rounds + 1), desc="rounds"):
+        for name, timer in timers.items():
+            seconds = timer.timeit(1).median
+            if i:
+                times[name].append(seconds)
+    return times
+
+
+def rounds_of(times: dict[str, list[float]]) -> list[tuple[int, tuple[float, ...]]]:
+    return list(enumerate(zip(*times.values(), strict=True), start=1))
+
+
+def flops_of(step: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def profile_of(step: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The operations that take most of the time, by their own time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as profiler:
+        step()
+    events = profiler.key_averages()
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    total = sum(getattr(event, own) for event in events)
+    top = sorted(events, key=lambda event: -getattr(event, own))[:8]
+    return [{"operation": event.key, "share": getattr(event, own) / total, "calls": event.count} for event in top]
+
+
+def fidelity(steps: Steps, device: torch.device) -> list[dict[str, Any]]:
+    """How near features of the current step bring the prediction's gradient to that of the step below it.
+
+    On this benchmark's random network, and on the trained digits network with its own errors, by timestep.
+    """
+    here, below = (steps.gradient_of_prediction(at) for at in (True, False))
+    rows = [{"network": "random", "timestep": None} | compared(here, below)]
+    unet = digits().to(device)
+    batch = digits_batch(unet, DIGITS_TIMESTEPS, [0.0], 0)
+    given = converted({k: v for k, v in batch.arguments.items() if k != "ref_pred"}, device)
+    gradients = []
+    for schedule in (CurrentStep.from_scheduler(new_scheduler()), new_scheduler()):
+        prediction = given["model_pred"].detach().requires_grad_()
+        ncp = NoiseConditionedPerceptualLoss(unet, schedule=schedule)
+        error, _ = ncp.errors(**(given | {"model_pred": prediction}))
+        gradients.append(torch.autograd.grad(error.sum(), prediction)[0])
+    for t in DIGITS_TIMESTEPS:
+        mine = [i for i, timestep in enumerate(batch.timesteps) if timestep == t]
+        rows.append({"network": "digits, trained", "timestep": t} | compared(*(g[mine] for g in gradients)))
+    return rows
+
+
+def compared(here: Tensor, below: Tensor) -> dict[str, float]:
+    here, below = here.flatten(1), below.flatten(1)
+    cosines, sizes = cosine_similarity(here, below), here.norm(dim=1) / below.norm(dim=1)
+    return {"cosine": cosines.median().item(), "lowest": cosines.min().item(), "size ratio": sizes.median().item()}
+
+
+def draw(path: Path, rows: list[dict[str, Any]], times: dict[str, list[float]], title: str) -> None:
+    """Time over latent DPO's, a bar for each contender with its quartiles; a mark where FLOPs alone would put it."""
+    figure, (axis,) = report.new_figure(width=8, height=0.45 * len(rows) + 1.4)
+    base = statistics.median(times[BASE])
+    for i, row in enumerate(rows):
+        ours = row["step"].startswith(OURS)
+        axis.barh(i, row["over latent DPO"], color=report.BLUE if ours else report.GREY, alpha=0.85, height=0.6)
+        low, high = row["quartiles"] or [row["seconds"]] * 2
+        axis.plot([low / base, high / base], [i, i], color="black", lw=1.2)
+        axis.plot([row["FLOPs over latent DPO"]] * 2, [i - 0.36, i + 0.36], color=report.ORANGE, lw=2)
+        axis.annotate(
+            f"{row['over latent DPO']:.2f}",
+            (max(high / base, row["FLOPs over latent DPO"]), i),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axis.plot([], [], color="black", lw=1.2, label="quartiles of rounds")
+    axis.plot([], [], color=report.ORANGE, lw=2, label="by FLOPs alone")
+    axis.set_yticks(range(len(rows)), [row["step"] for row in rows])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_xlabel("time of a training step, latent DPO = 1")
+    axis.set_title(title, fontsize=11)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    report.save_figure(path, figure)
