@@ -1,11 +1,12 @@
 # Two commands set everything up on a machine with Python 3.11 and make:  make demo   make test
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check lint types build clean
+.PHONY: demo test check lint types docs build release-check clean
 
 demo: .venv/demo
 	$(BIN)/python -m examples.demo --out demo
@@ -13,7 +14,7 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
 
-check: lint types build
+check: lint types docs build
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -27,24 +28,46 @@ build: .venv/dev
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --outdir dist . > /dev/null
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c constraints.txt torch
-	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c constraints.txt dist/*.whl
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) torch
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) dist/*.whl
 	cd dist && ../.venv-wheel/bin/python -c "import ncp_loss; print('wheel', ncp_loss.__version__, 'imports')"
 	rm -rf .venv-wheel
 
+# Strict: a warning is an error. Nothing is fetched while the pages are built or read.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs built: site/index.html"
+
+# What will be published: checked, installed as a user would, and used outside of the source tree.
+release-check: .venv/dev
+	rm -rf dist .venv-wheel .release
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) torch
+	.venv-wheel/bin/pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) "$$(echo dist/*.whl)[demo]"
+	mkdir .release && cp -r examples .release/
+	cd .release && ../.venv-wheel/bin/python -c "import ncp_loss; assert 'site-packages' in ncp_loss.__file__"
+	cd .release && ../.venv-wheel/bin/python -m examples.demo --out demo $(DEMO)
+	rm -rf .venv-wheel .release
+
 # torch goes first and alone, so that no other package's range chooses another build of it.
-.venv/torch: constraints.txt
+.venv/torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(PIP) -c constraints.txt torch
+	$(PIP) -c $(CONSTRAINTS) torch
 	touch $@
 
 .venv/demo: .venv/torch pyproject.toml
-	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PIP) -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
 .venv/dev: .venv/torch pyproject.toml
-	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@ .venv/demo
 
+.venv/docs: .venv/torch pyproject.toml
+	$(PIP) -c $(CONSTRAINTS) -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-wheel dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-wheel .release dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

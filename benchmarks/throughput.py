@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -128,13 +128,16 @@ def contenders_of(steps: Steps, compiled: bool) -> dict[str, Callable[[], Any]]:
 
 def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, threads: int) -> dict[str, list[float]]:
     """Seconds of each step in each round, after one round that is not counted."""
-    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
+    torch.set_num_threads(threads)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in tqdm(range(rounds + 1), desc="rounds"):
-        for name, timer in timers.items():
-            seconds = timer.timeit(1).median
+        for name, step in steps.items():
+            start = (
+                timer()
+            )  # waits for the GPU, where there is one; benchmark.Timer runs each step twice more to warm up
+            step()
             if i:
-                times[name].append(seconds)
+                times[name].append(timer() - start)
     return times
 
 

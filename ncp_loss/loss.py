@@ -36,7 +36,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
     ``F.mse_loss(model_pred, target)`` in a training loop; the loss owns no parameters, and ``unet`` is not touched.
 
     The weights are shared with ``unet`` where they are frozen (LoRA training) and copied, as far as ``layer``, where
-    they are trainable (full fine-tuning): freeze first, then build the loss.
+    they are trainable (full fine-tuning), as they are when the loss is built: freeze and load first, then build it.
 
     Args:
         unet: the model in training, or its DDP, ``torch.compile``, PEFT or accelerate wrapper.
@@ -46,8 +46,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         schedule: a NoiseSchedule, a diffusers scheduler, or None for Stable Diffusion's own with epsilon prediction.
         step: t' = t - step; "uniform" draws t' at random; "clean" compares the estimates of x_0, at t' = 0. A step
             past the last one ends at x_0 too.
-        difference: how the difference of features is taken: "literal", the definition; "scaled", over a longer
-            displacement and scaled back, for half precision; "auto", by the dtype the model computes in.
+        difference: how the difference of features is taken: "literal", the definition; over a longer displacement and
+            scaled back, from one end ("scaled") or about the middle ("central"); "tangent", by forward-mode
+            differentiation; "auto", by the dtype the model computes in: "literal" in float64, "scaled" in float32,
+            "central" in half precision.
         normalize: divide each layer's error by the mean square of its target features.
         weighting: None, the paper's; "noise" divides by B^2, so that errors, and beta, have the scale of latent MSE.
         checkpoint: recompute the encoder's activations in backward: less memory, about one more encoder forward.
@@ -146,9 +148,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
 
         Args:
             model_pred: what the model predicted, (B, C, H, W); gradients flow through it alone.
-            target: what it should have: what the trainer's own MSE takes (noise, velocity or sample), (B, C, H, W).
+            target: what it should have, which the trainer's MSE takes: noise, velocity, sample or flow, (B, C, H, W).
             noisy_latents: x_t, (B, C, H, W).
-            timesteps: t, int64 or whole floats in [0, T), 0-dim or (B,).
+            timesteps: t, int64 or whole floats in [0, T), 0-dim or (B,); for a flow sigma * T, any float in [0, T].
             encoder_hidden_states: the text condition, (B, L, D).
             ref_pred: the reference model's prediction, (B, C, H, W).
             target_features: kept from :meth:`target_features` of these very inputs.

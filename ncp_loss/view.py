@@ -14,7 +14,10 @@ M = TypeVar("M", bound=nn.Module)
 # Instance state that redirects a call to the module it was made for: accelerate's mixed-precision and offload wrappers,
 # adapters that override `forward` on the instance, `module.compile()`.
 _WRAPPED = ("base_layer", "original_module", "_orig_mod")  # a tuner's, a saved module's, a compiled module's own layer
-_BOUND_TO_ORIGINAL = ("forward", "_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+_BOUND_TO_ORIGINAL = (
+    *("forward", "train", "eval"),
+    *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
+)
 
 
 def frozen_view(model: M) -> M:
@@ -24,7 +27,8 @@ def frozen_view(model: M) -> M:
     they wrap, wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are left out, and nothing of
     ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view is in eval mode,
     without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning, is
-    copied, so that the view stays where it is while the model trains; freeze first to share.
+    copied, so that the view stays where it is while the model trains; freeze first to share. Being a Module, as an
+    attribute of another it would enter that one's state_dict.
 
     Args:
         model: any diffusers model, or a wrapper around one.

@@ -49,6 +49,13 @@ def test_a_latent_baseline_is_one_option_away(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_quick_start_aligns_in_eighty_lines_and_prints_what_changed():
+    done = run("examples.quickstart", "--pairs", 10, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "held-out samples" in done.stdout
+    assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) <= 80
+
+
 def test_the_training_script_trains_and_saves_what_the_demo_loads(tmp_path):
     done = run("examples.train_digits", "--steps", 2, "--judged", 10, "--out", tmp_path / "unet.safetensors")
     assert done.returncode == 0, done.stderr

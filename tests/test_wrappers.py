@@ -251,3 +251,13 @@ def test_a_compiled_loss_is_what_the_preference_losses_run() -> None:
     compiled, eager = (ncp_dpo_loss(loss, **arguments, beta=1e5).loss for loss in (whole, ncp))
     assert len(graphs) == 1
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
+
+
+def test_modes_of_a_view_do_not_go_through_what_an_instance_overrides() -> None:
+    """OneTrainer's adapters put `train` and `eval` of their own on the layers they wrap."""
+    unet = small()
+    layer = next(module for module in unet.modules() if isinstance(module, nn.Linear))
+    called = []
+    layer.train, layer.eval = lambda mode=True: called.append(mode), lambda: called.append(False)
+    frozen_view(unet).train().eval()
+    assert called == []
