@@ -162,7 +162,7 @@ def compared(
 
 def samples_of(batch: Batch, result: Measured, truth: Measured) -> list[Sample]:
     ratios = (result.error.double() / truth.error).tolist()
-    cosines = cosine_similarity(result.gradient.double().flatten(1), truth.gradient.flatten(1)).tolist()
+    cosines = cosine_similarity(result.gradient.double().flatten(1), truth.gradient.flatten(1), eps=0).tolist()
     return [Sample(*row) for row in zip(batch.timesteps, batch.rms, ratios, cosines, strict=True)]
 
 
@@ -274,7 +274,11 @@ def ranges_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             auto, copied = compute.estimator("auto", args.device), in_dtype(unet, compute.weights)
             result = measured(copied, "mid_block", auto, batch.arguments, compute, args.device)
             finite = bool(result.error.isfinite().all() and result.gradient.isfinite().all())
-            cosine = cosine_similarity(result.gradient.double().flatten(1), truth.gradient.flatten(1)).median().item()
+            cosine = (
+                cosine_similarity(*(g.double().flatten(1) for g in (result.gradient, truth.gradient)), eps=0)
+                .median()
+                .item()
+            )
             row |= {f"{name} finite": finite, f"{name} cosine": round(cosine, 4) if finite else None}
         yield row
 

@@ -58,6 +58,8 @@ class Steps:
                 parameter.add_(0.01 * torch.randn_like(parameter))
         self.reference = frozen_view(self.unet)
         self.ncp = NoiseConditionedPerceptualLoss(self.unet, layer, schedule=self.scheduler)
+        here = CurrentStep(self.scheduler.betas)
+        self.ncp_at_current_step = NoiseConditionedPerceptualLoss(self.unet, layer, schedule=here)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device, dtype=dtype)
@@ -147,14 +149,13 @@ class Steps:
         """Target features taken from the reference's own forward pass, at the current step."""
         model_pred = self.predict()
         ref_pred, target = self._reference_and_features()
-        ncp = self._at_current_step()
-        self.train(self.dpo(ncp, model_pred, ref_pred=ref_pred, target_features=target))
+        self.train(self.dpo(self.ncp_at_current_step, model_pred, ref_pred=ref_pred, target_features=target))
 
     def gradient_of_prediction(self, at_current_step: bool) -> Tensor:
         """What the error sends to the prediction, in the definition and as :meth:`from_reference` has it."""
         model_pred = self.predict().detach().requires_grad_()
         target = self._reference_and_features()[1] if at_current_step else None
-        ncp = self._at_current_step() if at_current_step else self.ncp
+        ncp = self.ncp_at_current_step if at_current_step else self.ncp
         inputs = self.noise, self.noisy, self.timesteps, self.text
         error, _ = ncp.errors(model_pred, *inputs, **self.shared, target_features=target)
         return torch.autograd.grad(error.sum(), model_pred)[0]
@@ -165,10 +166,6 @@ class Steps:
     def dpo(self, ncp: Any, model_pred: Tensor, **reference: Any) -> Tensor:
         inputs = model_pred, self.noise, self.noisy, self.timesteps, self.text
         return ncp_dpo_loss(ncp, *inputs, beta=BETA, **reference, **self.shared).loss
-
-    def _at_current_step(self) -> NoiseConditionedPerceptualLoss:
-        schedule = CurrentStep(self.scheduler.betas)
-        return NoiseConditionedPerceptualLoss(self.unet, self.layer, schedule=schedule)
 
     def _reference_and_features(self) -> tuple[Tensor, dict[str, Tensor]]:
         with Hooked(self.reference, self.layer) as hooked:

@@ -187,7 +187,8 @@ def fidelity(steps: Steps, device: torch.device) -> list[dict[str, Any]]:
 
 def compared(here: Tensor, below: Tensor) -> dict[str, float]:
     here, below = here.flatten(1), below.flatten(1)
-    cosines, sizes = cosine_similarity(here, below), here.norm(dim=1) / below.norm(dim=1)
+    # These gradients can be smaller than what cosine_similarity takes for zero.
+    cosines, sizes = cosine_similarity(here, below, eps=0), here.norm(dim=1) / below.norm(dim=1)
     return {"cosine": cosines.median().item(), "lowest": cosines.min().item(), "size ratio": sizes.median().item()}
 
 

@@ -47,6 +47,10 @@ def call_z_image(model: nn.Module, x: Tensor, t: Tensor, encoder_hidden_states: 
     return model(list(x.unsqueeze(2)), 1 - t / 1000, list(encoder_hidden_states))
 
 
+def call_hunyuan(model: nn.Module, x: Tensor, t: Tensor, **conditioning: Any) -> Any:
+    return model(x, timestep=t.to(x.dtype), **conditioning)  # its embeddings take the timesteps' dtype
+
+
 def normal(*shape: int) -> Tensor:
     return torch.randn(ROWS, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
 
@@ -124,7 +128,8 @@ FAMILIES = {
         | {"text_len": TEXT, "text_len_t5": TEXT},
         ["blocks.1"],
         DDPMScheduler(prediction_type="v_prediction"),
-        extra={
+        call_hunyuan,
+        {
             "text_embedding_mask": MASK,
             "encoder_hidden_states_t5": normal(TEXT, WIDTH),
             "text_embedding_mask_t5": MASK,
@@ -154,7 +159,7 @@ def family_batch(family: Family, seed: int = 0) -> dict[str, Any]:
         return torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64)
 
     target = random(4, 8, 8)
-    at = torch.tensor([300.0, 700.0], dtype=torch.float64)  # HunyuanDiT takes its dtype from its timesteps
+    at = torch.tensor([300.0, 700.0], dtype=torch.float64)
     if not isinstance(family.scheduler, DDPMScheduler):  # on the grid: t / 1000 = sigma(u), u = 0.3 and 0.7
         shift = family.scheduler.config.shift
         at = 1000 * shift * at / (1000 + (shift - 1) * at)

@@ -47,6 +47,53 @@ def alignment_rows() -> list[str]:
     return rows
 
 
+def throughput_rows(name: str = "throughput") -> list[str]:
+    keys = ("over latent DPO", "over the published", "FLOPs over latent DPO")
+    return [f"| {r['step']} | " + " | ".join(f"{r[key]:.2f}" for key in keys) + " |" for r in result(name)["steps"]]
+
+
+def profile_rows() -> list[str]:
+    return [f"| `{row['operation']}` | {row['share']:.0%} |" for row in result("throughput")["profile"][:5]]
+
+
+def fidelity_rows() -> list[str]:
+    rows = []
+    for r in result("throughput")["features of the current step"]:
+        when = "all" if r["timestep"] is None else r["timestep"]
+        rows.append(f"| {r['network']} | {when} | {r['cosine']:.4f} | {r['lowest']:.4f} | {r['size ratio']:.3f} |")
+    return rows
+
+
+def layer_rows() -> list[str]:
+    found = {(r["model"], r["layer"]): f"{r['FLOPs']:.2f}" for r in result("layers")["layers"]}
+    layers = dict.fromkeys(layer for model, layer in found if model == "sd15" and layer != "latent DPO")
+    return [f"| {layer} | {found['sd15', layer]} | {found.get(('sdxl', layer), '')} |" for layer in layers]
+
+
+def memory_rows() -> list[str]:
+    keys = ("held for backward, MB", "beyond latent DPO, MB", "peak, MB", "weights beyond the model, MB")
+    return [f"| {r['step']} | " + " | ".join(f"{r[key]:.1f}" for key in keys) + " |" for r in result("memory")["steps"]]
+
+
+def performance_figures() -> list[str]:
+    throughput, memory, kernels = result("throughput"), result("memory"), result("kernels")
+    checkpointed = next(r for r in memory["steps"] if "checkpoint" in r["step"])
+    return [
+        f"Medians of {throughput['settings']['rounds']} interleaved rounds",
+        f"takes {throughput['step over its parts']['time']:.2f} times the sum of its parts",
+        f"alone are {memory['encoder activations, MB']:.1f} MB",
+        "{:.0%} of that remains".format(checkpointed["over ncp_loss's"]),
+        f"at most {max(row['registers'] for row in kernels['compiled'])} registers",
+    ]
+
+
+def test_the_performance_page_shows_the_committed_figures():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = throughput_rows() + profile_rows() + fidelity_rows() + layer_rows() + memory_rows() + performance_figures()
+    for row in rows + throughput_rows("throughput-sd15"):
+        assert row in page, row
+
+
 def test_the_precision_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "precision.md").read_text()
     for row in precision_rows() + lora_rows() + alignment_rows():

@@ -131,6 +131,28 @@ def test_every_estimator_agrees_and_lora_trains_on_a_shared_frozen_base(name: st
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_keeps_error_and_gradient(name: str, dtype: torch.dtype) -> None:
+    family = FAMILIES[name]
+    half, layer = transformer(family).to(dtype), family.layers[-1]
+    given = family_batch(family)
+
+    def error_and_gradient(model: nn.Module, given: dict, **options: Any) -> tuple[Tensor, Tensor]:
+        error, _ = loss(family, model, layer, **options).errors(**given)
+        return error.detach().double(), torch.autograd.grad(error.sum(), given["model_pred"])[0].double().flatten(1)
+
+    narrow = {k: v.detach().float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    narrow["model_pred"].requires_grad_()
+    wide = {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in narrow.items()}
+    wide["model_pred"].requires_grad_()
+    error, gradient = error_and_gradient(half, narrow)
+    truth, true_gradient = error_and_gradient(copy.deepcopy(half).double(), wide, difference="literal")
+    torch.testing.assert_close(error, truth, rtol=0.1, atol=0)
+    directions = [g / g.norm(dim=1, keepdim=True) for g in (gradient, true_gradient)]
+    assert (directions[0] * directions[1]).sum(1).min() > (0.98 if dtype == torch.bfloat16 else 0.995)
+
+
 def test_a_flow_step_is_the_schedulers_own_euler_step() -> None:
     scheduler = flow(3.0)
     scheduler.set_timesteps(1000)
