@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.steps import LATENTS, MODELS, Steps
-from benchmarks.throughput import flops_of, interleaved
+from benchmarks.throughput import COUNTED_ON, flops_of, interleaved
 from ncp_loss import NoiseConditionedPerceptualLoss
 
 REAL = {"sd15": 64, "sdxl": 128}
@@ -38,17 +38,16 @@ def run(args: argparse.Namespace) -> None:
     if args.tiny:
         args.model, args.rounds, counted, sizes, pairs = "tiny", 2, {"tiny": 8}, [8, 16], [1, 2]
     rows = []
-    for model, size in counted.items():
-        steps = Steps(model, size, 1, "mid_block", torch.float32, torch.device("meta"))
+    for model, size in (counted | {args.model: LATENTS[args.model]}).items():
+        steps = Steps(model, size, 1, "mid_block", torch.float32, COUNTED_ON)
         flops = {name: flops_of(step) for name, step in at_layers(steps).items()}
         rows += [{"model": model, "layer": n, "FLOPs": flops[n] / flops[BASE], "time": None} for n in flops]
     steps = Steps(args.model, LATENTS[args.model], 1, "mid_block", torch.float32, args.device)
-    contenders = at_layers(steps)
-    times = interleaved(contenders, args.rounds, args.threads)
+    times = interleaved(at_layers(steps), args.rounds, args.threads)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, step in contenders.items():
-        ratios = {"FLOPs": flops_of(step) / flops_of(steps.latent), "time": medians[name] / medians[BASE]}
-        rows.append({"model": args.model, "layer": name} | ratios)
+    for row in rows:
+        if row["model"] == args.model:
+            row["time"] = medians[row["layer"]] / medians[BASE]
 
     growth = grown("pairs", {n: (LATENTS[args.model], n) for n in pairs}, args)
     growth += grown("pixels", {size * size: (size, 1) for size in sizes}, args)
@@ -72,12 +71,15 @@ def at_layers(steps: Steps) -> dict[str, Callable[[], Any]]:
 
 def grown(what: str, cases: dict[int, tuple[int, int]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The loss's own forward and backward pass as the batch or the latents grow, in multiples of the smallest."""
-    alone = {
-        n: partial(loss_alone, Steps(args.model, *case, "mid_block", torch.float32, args.device))
-        for n, case in cases.items()
-    }
+    alone, counted = (
+        {
+            n: partial(loss_alone, Steps(args.model, *case, "mid_block", torch.float32, device))
+            for n, case in cases.items()
+        }
+        for device in (args.device, COUNTED_ON)
+    )
     seconds = {n: statistics.median(s) for n, s in interleaved(alone, args.rounds, args.threads).items()}
-    flops, first = {n: flops_of(step) for n, step in alone.items()}, min(cases)
+    flops, first = {n: flops_of(step) for n, step in counted.items()}, min(cases)
     return [
         {
             "over": what,
