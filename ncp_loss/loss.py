@@ -64,13 +64,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         ValueError, TypeError: an unknown option, a layer the model does not have, an adapter merged into its weights.
         ImportError: ``impl="triton"`` without triton.
 
-    >>> from diffusers import UNet2DConditionModel
-    >>> unet = UNet2DConditionModel(
-    ...     block_out_channels=(32, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    ...     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8).requires_grad_(False)
-    >>> ncp = NoiseConditionedPerceptualLoss(unet)
-    >>> x, noise, text = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 8)
-    >>> ncp(noise, noise, x, torch.tensor([10, 500]), text)
+    >>> from diffusers import UNet2DModel
+    >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    >>> ncp = NoiseConditionedPerceptualLoss(unet.requires_grad_(False))
+    >>> x, noise = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    >>> ncp(noise, noise, x, torch.tensor([10, 500]))
     tensor(0.)
     """
 
@@ -113,8 +111,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         timesteps: Tensor,
         encoder_hidden_states: Tensor | None = None,
         *,
+        variance_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
         per_sample: bool = False,
-        **options: Any,
+        **model_kwargs: Any,
     ) -> Any:
         """The batch's error; arguments as in :meth:`errors`.
 
@@ -126,7 +126,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             0-dim, or (B,) with ``reduction="none"``; float32 or better.
         """
         inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-        errors = self.errors(*inputs, **options)
+        errors = self.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
         return errors if per_sample else reduce_batch(errors[0], self.reduction)
 
     def errors(

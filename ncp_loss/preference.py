@@ -57,6 +57,13 @@ def ncp_dpo_loss(
     Raises:
         ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error``, an odd batch, pairs that differ in
             what they must share (where their values can be read for free), or another bad argument.
+
+    >>> from diffusers import UNet2DModel
+    >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    >>> ncp = NoiseConditionedPerceptualLoss(unet.requires_grad_(False))
+    >>> x, noise, t = torch.randn(2, 3, 8, 8), torch.randn(1, 3, 8, 8).repeat(2, 1, 1, 1), torch.tensor([10, 10])
+    >>> ncp_dpo_loss(ncp, noise, noise, x, t, ref_pred=noise).loss  # log 2: the model is its reference
+    tensor(0.6931)
     """
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
@@ -101,6 +108,13 @@ def ncp_cpo_loss(
 
     Raises:
         ValueError, TypeError: an odd batch, or another bad argument.
+
+    >>> from diffusers import UNet2DModel
+    >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    >>> ncp = NoiseConditionedPerceptualLoss(unet.requires_grad_(False))
+    >>> x, noise, t = torch.randn(2, 3, 8, 8), torch.randn(1, 3, 8, 8).repeat(2, 1, 1, 1), torch.tensor([10, 10])
+    >>> ncp_cpo_loss(ncp, noise, noise, x, t).loss  # log 2: winner and loser are both predicted rightly
+    tensor(0.6931)
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
@@ -136,6 +150,13 @@ def ncp_sft_loss(
 
     Raises:
         ValueError, TypeError: a bad argument.
+
+    >>> from diffusers import UNet2DModel
+    >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    >>> ncp = NoiseConditionedPerceptualLoss(unet.requires_grad_(False))
+    >>> x, noise, t = torch.randn(2, 3, 8, 8), torch.randn(1, 3, 8, 8).repeat(2, 1, 1, 1), torch.tensor([10, 10])
+    >>> ncp_sft_loss(ncp, noise, noise, x, t).loss
+    tensor(0.)
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
