@@ -99,7 +99,7 @@ def loss_alone(steps: Steps) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]], growth: list[dict[str, Any]], counted: list[str]) -> None:
-    figure, axes = report.new_figure(len(counted) + 2, width=4 * len(counted) + 7, height=3.6)
+    figure, axes = report.new_figure(2, rows=(len(counted) + 3) // 2, width=9, height=6.6)
     for axis, model in zip(axes, counted, strict=False):
         mine = [row for row in rows if row["model"] == model and row["layer"] != BASE]
         axis.barh(
@@ -115,7 +115,7 @@ def draw(path: Path, rows: list[dict[str, Any]], growth: list[dict[str, Any]], c
         axis.set_xlim(0, max(row["FLOPs"] for row in mine) * 1.15)
         axis.set_xlabel("FLOPs of a step, latent DPO = 1")
         axis.set_title(LABELS[model], fontsize=10)
-    for axis, what in zip(axes[len(counted) :], ("pairs", "pixels"), strict=True):
+    for axis, what in zip(axes[-2:], ("pairs", "pixels"), strict=True):
         mine = [row for row in growth if row["over"] == what]
         sizes = [row["size"] for row in mine]
         axis.plot(sizes, [row["linear"] for row in mine], color=report.GREY, ls="--", lw=1, label="linear")

@@ -93,13 +93,13 @@ def print_table(title: str, rows: Iterable[Row], formats: Mapping[str, str] | No
     (console if console.is_terminal else Console(width=200)).print(table)
 
 
-def new_figure(columns: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """A row of panels with a light grid and no box."""
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    for axis in axes[0]:
+def new_figure(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """Panels, row by row, with a light grid and no box."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for axis in axes.flat:
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def save_figure(path: Path, figure: Figure) -> None:
