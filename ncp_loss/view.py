@@ -6,6 +6,8 @@ from collections.abc import Container
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from .checks import bad
 
@@ -25,7 +27,8 @@ def frozen_view(model: M) -> M:
 
     A second module tree over the same parameters. PEFT's tuner layers (LoRA, DoRA, LoHa, ...) are replaced by the layer
     they wrap, wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are left out, and nothing of
-    ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view is in eval mode,
+    ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view has none of them;
+    where the reference is to have one, merge it into the weights first (``merge_and_unload``). The view is in eval mode,
     without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning, is
     copied, so that the view stays where it is while the model trains; freeze first to share. Being a Module, as an
     attribute of another it would enter that one's state_dict.
@@ -37,7 +40,8 @@ def frozen_view(model: M) -> M:
         A module of the unwrapped model's class, to be called like it, under ``torch.no_grad()``.
 
     Raises:
-        ValueError: an adapter is merged into the weights, so that the base model no longer exists.
+        ValueError: an adapter is merged into the weights, so that the base model no longer exists, or cannot be left
+            out: one that parametrizes a weight, or took it from its layer.
 
     >>> from torch import nn
     >>> layer = nn.Linear(2, 2).requires_grad_(False)
@@ -147,8 +151,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif list(model._modules) == ["module"]:
             model = model._modules["module"]  # type: ignore[assignment]
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
+        elif "base_model" in model._modules:  # PeftModel's and PeftMixedModel's tuner, which holds the model
+            model = model._modules["base_model"].model  # type: ignore[assignment, union-attr]
         else:
             return model
 
@@ -172,6 +176,7 @@ def _twin(module: nn.Module, path: str, memo: dict[int, nn.Module], links: list[
     module = _base_layer(module, path)
     if id(module) in memo:
         return memo[id(module)]
+    _check_base(module, path)
     twin = memo[id(module)] = object.__new__(type(module))
     state = {name: value for name, value in vars(module).items() if name not in _BOUND_TO_ORIGINAL}
     # The dictionaries of tensors are shared, not only the tensors, so that model.to(...) reaches the twin too.
@@ -187,6 +192,24 @@ def _twin(module: nn.Module, path: str, memo: dict[int, nn.Module], links: list[
         if child is not None and made is not None:
             links.append(Link(below, module._modules, name, made, _base_layer(child, below) is not child))
     return twin
+
+
+def _check_base(module: nn.Module, path: str) -> None:
+    """A layer is the base model's without what is left out of a view, or cannot be seen through."""
+    weight, wrong = getattr(module, "weight", None), ""
+    if "forward" in vars(module):  # an override, and left out
+        if weight is None and isinstance(module, nn.Linear | _ConvNd):
+            wrong = "has no weight of its own beside its overridden `forward`"
+        elif isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize == 1:
+            wrong = f"has a weight in {weight.dtype}, for which its `forward` is overridden"
+    for chain in module.parametrizations.values() if is_parametrized(module) else ():  # type: ignore[operator]
+        originals, trainable = set(chain.parameters(recurse=False)), {p for p in chain.parameters() if p.requires_grad}
+        if trainable and not trainable & originals:
+            wrong = "is parametrized by an adapter"
+    if wrong:
+        must_be = "the base model once adapters and overridden `forward`s are left out"
+        hint = "PEFT's adapters can be, and weights quantised by torchao or bitsandbytes need no override"
+        raise bad("unet", must_be, f"not: {path!r} {wrong} ({hint})")
 
 
 def _moved(path: str, what: str) -> RuntimeError:
