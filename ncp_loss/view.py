@@ -28,10 +28,10 @@ def frozen_view(model: M) -> M:
     A second module tree over the same parameters. PEFT's tuner layers (LoRA, DoRA, LoHa, ...) are replaced by the layer
     they wrap, wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are left out, and nothing of
     ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view has none of them;
-    where the reference is to have one, merge it into the weights first (``merge_and_unload``). The view is in eval mode,
-    without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning, is
-    copied, so that the view stays where it is while the model trains; freeze first to share. Being a Module, as an
-    attribute of another it would enter that one's state_dict.
+    where the reference is to have one, merge it into the weights first (``merge_and_unload``). The view is in eval
+    mode, without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning,
+    is copied, so that the view stays where it is while the model trains; freeze first to share. Being a Module, as
+    an attribute of another it would enter that one's state_dict.
 
     Args:
         model: any diffusers model, or a wrapper around one.
