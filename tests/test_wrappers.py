@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from users import AT, add_lora, batch, block_output, features, full, peft_lora, small
 
@@ -189,23 +189,6 @@ def test_flags_of_the_view_and_of_the_model_are_their_own() -> None:
     assert [{b.gradient_checkpointing for b in each} for each in blocks] == [{False}, {False}, {True}]
 
 
-@pytest.mark.parametrize("difference", ["literal", "scaled"])
-def test_the_loss_compiles_into_one_graph_with_the_value_and_gradient_of_eager(difference: str) -> None:
-    unet = small()
-    arguments = batch(unet)
-    del arguments["ref_pred"]
-    ncp = NCP(add_lora(unet), difference=difference)
-
-    def value_and_gradient(loss: nn.Module) -> tuple[Tensor, Tensor]:
-        value = loss(**arguments)
-        return value.detach(), *torch.autograd.grad(value, arguments["model_pred"])
-
-    whole = torch.compile(ncp, fullgraph=True, backend="aot_eager")
-    (value, gradient), (eager_value, eager_gradient) = value_and_gradient(whole), value_and_gradient(ncp)
-    torch.testing.assert_close(value, eager_value, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, eager_gradient, rtol=1e-9, atol=1e-12 * float(eager_gradient.abs().max()))
-
-
 @pytest.mark.parametrize(
     ("weights", "autocast", "latents"),
     [
@@ -235,22 +218,6 @@ def test_half_precision_gives_finite_float32_errors_and_gradients_in_the_predict
     assert gradient.dtype == latents
     assert gradient.isfinite().all()
     assert gradient.any()
-
-
-def test_a_compiled_loss_is_what_the_preference_losses_run() -> None:
-    unet = small()
-    arguments = batch(unet, pairs=True)
-    ncp = NCP(add_lora(unet), difference="scaled")
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    whole = torch.compile(ncp, fullgraph=True, backend=backend)
-    compiled, eager = (ncp_dpo_loss(loss, **arguments, beta=1e5).loss for loss in (whole, ncp))
-    assert len(graphs) == 1
-    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
 
 
 def test_modes_of_a_view_do_not_go_through_what_an_instance_overrides() -> None:
