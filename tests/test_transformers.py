@@ -38,7 +38,11 @@ def image_stream(module: nn.Module, kept: list[Tensor]) -> Any:
         "FluxSingleTransformerBlock",
         "QwenImageTransformerBlock",
     )
-    return module.register_forward_hook(lambda _, args, out: kept.append(out[1] if text_first else out))
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:  # before diffusers 0.35 Flux's single blocks have one
+        kept.append(out[1] if text_first and isinstance(out, tuple) else out)  # stream, of text and image
+
+    return module.register_forward_hook(keep)
 
 
 def whole_model_features(family: Family, model: nn.Module, layer: str, x: Tensor, t: Tensor, given: dict) -> Tensor:

@@ -54,7 +54,8 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 
 def compiled_by_block(model: nn.Module) -> nn.Module:
     """The blocks that repeat in place, as diffusers does, and one by replacement, as people do."""
-    model.compile_repeated_blocks(backend="eager")
+    for block in [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]:
+        block.compile(backend="eager")
     model.down_blocks[0] = torch.compile(model.down_blocks[0], backend="eager")
     return model
 
