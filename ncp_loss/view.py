@@ -20,6 +20,7 @@ _BOUND_TO_ORIGINAL = (
     *("forward", "train", "eval"),
     *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
 )
+_OF_FSDP = "__composable_api"  # what FSDP2 keeps on an instance, each name with a number of its own
 
 
 def frozen_view(model: M) -> M:
@@ -72,13 +73,16 @@ def twin_of(model: nn.Module) -> tuple[nn.Module, list[Link]]:
 
 
 class _Shared(NamedTuple):
-    """A tensor of the user's model that the view computes with: where it lives, and its state as it was shared."""
+    """A tensor of the user's model that the view computes with: where it lives, and its state at the first call.
+
+    Not at construction: DDP, when it wraps a model, writes the first process's weights into those of the others.
+    """
 
     path: str
     home: dict[str, Tensor | None]
     key: str
     tensor: Tensor
-    version: int
+    version: int | None = None
 
 
 class Watch:
@@ -88,7 +92,7 @@ class Watch:
         own = {id(module) for module in owned}
         modules = {name: module for name, module in view.named_modules() if name in used}
         self._shared = [
-            _Shared(f"{name}.{key}", home, key, tensor, tensor._version)
+            _Shared(f"{name}.{key}", home, key, tensor)
             for name, module in modules.items()
             if id(module) not in own
             for home in (module._parameters, module._buffers)
@@ -104,7 +108,9 @@ class Watch:
             now = home.get(key)
             if now is None or now.requires_grad:
                 raise _moved(path, "was removed" if now is None else "became trainable")
-            if now is not tensor and (now.device, now.dtype) != (tensor.device, tensor.dtype):
+            if _is_sharded(now):
+                raise _moved(path, "was sharded over processes")
+            if version is None or (now is not tensor and (now.device, now.dtype) != (tensor.device, tensor.dtype)):
                 self._shared[i] = _Shared(path, home, key, now, now._version)  # model.to(...) replaces buffers
             elif now is not tensor or now._version != version:
                 raise _moved(path, "was changed")
@@ -121,27 +127,33 @@ class Watch:
 
     def __setstate__(self, state: list[_Shared]) -> None:
         self._links = []
-        self._shared = [shared._replace(version=shared.tensor._version) for shared in state]
+        self._shared = [shared._replace(version=None) for shared in state]
 
 
 def own_trainable(view: nn.Module, used: Container[str]) -> list[nn.Module]:
-    """Give each used module with a trainable weight tensors of its own; return those modules."""
+    """Give each used module with a trainable or a sharded weight whole tensors of its own; return those modules."""
     copies: dict[int, Tensor] = {}  # tied weights stay tied
 
     def own(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
-            copy = tensor.detach().clone()
+            copy = tensor.detach().full_tensor() if _is_sharded(tensor) else tensor.detach().clone()  # type: ignore[attr-defined]
             copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
         return copies[id(tensor)]
 
     owned = []
     for name, module in view.named_modules():
-        if name in used and any(p is not None and p.requires_grad for p in module._parameters.values()):
+        parameters = [p for p in module._parameters.values() if p is not None]
+        if name in used and any(p.requires_grad or _is_sharded(p) for p in parameters):
             for home in ("_parameters", "_buffers"):
                 tensors = vars(module)[home]
                 vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
             owned.append(module)
     return owned
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2's parameters are between two passes of its own."""
+    return hasattr(tensor, "full_tensor")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -177,8 +189,12 @@ def _twin(module: nn.Module, path: str, memo: dict[int, nn.Module], links: list[
     if id(module) in memo:
         return memo[id(module)]
     _check_base(module, path)
-    twin = memo[id(module)] = object.__new__(type(module))
-    state = {name: value for name, value in vars(module).items() if name not in _BOUND_TO_ORIGINAL}
+    mro = type(module).__mro__
+    of_fsdp = mro[1].__name__ == "FSDPModule"  # FSDP2 puts itself before the class of what it shards
+    twin: nn.Module = object.__new__(mro[2] if of_fsdp else mro[0])
+    memo[id(module)] = twin
+    kept = [name for name in vars(module) if name not in _BOUND_TO_ORIGINAL and not name.startswith(_OF_FSDP)]
+    state = {name: vars(module)[name] for name in kept}
     # The dictionaries of tensors are shared, not only the tensors, so that model.to(...) reaches the twin too.
     tensors = {name: state[name] for name in ("_parameters", "_buffers", "_non_persistent_buffers_set")}
     state |= vars(nn.Module()) | tensors | {"training": False}
@@ -215,5 +231,5 @@ def _check_base(module: nn.Module, path: str) -> None:
 def _moved(path: str, what: str) -> RuntimeError:
     return RuntimeError(
         f"unet's base weights must stay as they were when the loss was built, which shares them: {path} {what}. "
-        "Build the loss again; where weights are trainable by then, it keeps a copy of the part it needs"
+        "Build the loss again; where weights are trainable or sharded by then, it keeps a copy of the part it needs"
     )

@@ -1,0 +1,284 @@
+"""Two processes, sharded weights and recomputed activations give the loss and gradients of one process without them."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint as recompute
+from users import AT, Build, add_lora, attention_only, batch, full, peft_lora, small
+
+from ncp_loss import NoiseConditionedPerceptualLoss as NCP
+from ncp_loss import frozen_view, ncp_dpo_loss
+
+PROCESSES = 2
+Numbers = dict[str, np.ndarray]  # tensors, as they travel between processes
+Run = Callable[..., list[Numbers]]
+
+
+def join(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "ACCELERATE_USE_CPU": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Calls a function in two processes that stay, and gives what each returned."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    pools = [ProcessPoolExecutor(1, spawn, join, (rank, port)) for rank in range(PROCESSES)]
+
+    def run(function: Callable[..., Numbers], *args: Any) -> list[Numbers]:
+        futures = [pool.submit(function, *args) for pool in pools]
+        return [future.result() for future in futures]
+
+    yield run
+    for pool in pools:
+        pool.shutdown()
+
+
+def pairs(size: int = 4) -> dict[str, Any]:
+    """The whole batch; what each process takes of it is its own rows, winners first."""
+    arguments = batch(small(), size=size, pairs=True)
+    return {name: value.detach() for name, value in arguments.items() if name not in ("model_pred", "ref_pred")}
+
+
+def rows(arguments: dict[str, Any], *which: int) -> dict[str, Any]:
+    return {name: torch.cat([half[list(which)] for half in x.chunk(2)]) for name, x in arguments.items()}
+
+
+def share(arguments: dict[str, Any]) -> dict[str, Any]:
+    mine = torch.arange(len(arguments["timesteps"]) // 2).chunk(PROCESSES)[dist.get_rank()]
+    return rows(arguments, *mine.tolist())
+
+
+def preference(model: nn.Module, ncp: NCP, reference: nn.Module, arguments: dict[str, Any], **options: Any) -> Any:
+    """A step's loss; margins are of order one, where DPO is not linear in its errors."""
+    at = [arguments[name] for name in AT]
+    with torch.no_grad():
+        ref_pred = 0.9 * reference(*at).sample  # no pair is a tie, which rounding would break
+    # Who trains LoRA with reentrant checkpoints has to give them an input that needs a gradient.
+    at[0] = at[0].clone().requires_grad_()
+    return ncp_dpo_loss(ncp, model(*at).sample, **arguments, ref_pred=ref_pred, beta=1e5, **options)
+
+
+def gradients(model: nn.Module) -> Numbers:
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, name
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            found[name] = grad.numpy().copy()
+    return found
+
+
+def numbers(out: Any, model: nn.Module) -> Numbers:
+    return {name: value.numpy() for name, value in out.metrics.items()} | gradients(model)
+
+
+@functools.cache
+def expected(build: Build, size: int = 4) -> Numbers:
+    """One process, the whole batch, nothing recomputed."""
+    model = build(small()).train()
+    out = preference(model, NCP(model), frozen_view(model), pairs(size))
+    out.loss.backward()
+    return numbers(out, model)
+
+
+def assert_same(got: Numbers, want: Numbers, rtol: float = 1e-6) -> None:
+    assert got.keys() == want.keys()
+    largest = max(np.abs(value).max() for name, value in want.items() if "." in name)
+    assert largest > 1e-4
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=rtol, atol=rtol * largest if "." in name else 0, err_msg=name)
+
+
+def assert_processes_give(want: Numbers, results: list[Numbers]) -> None:
+    """Each process has the gradients of the whole batch, and the metrics' mean over processes is the batch's."""
+    metrics = [name for name in want if "." not in name]
+    for got in results:
+        assert_same(got | {name: np.mean([each[name] for each in results]) for name in metrics}, want)
+
+
+THEIRS = {"": None, "reentrant": True, "not reentrant": False}  # recomputation of the user's model
+recomputing = pytest.mark.parametrize("ours", [False, True], ids=["", "ours"])
+of_users = pytest.mark.parametrize("theirs", THEIRS)
+builds = pytest.mark.parametrize("build", [add_lora, full])
+
+
+def in_training(build: Build, theirs: str) -> nn.Module:
+    model = build(small()).train()
+    if theirs:
+        function = functools.partial(recompute, use_reentrant=THEIRS[theirs])
+        model.enable_gradient_checkpointing(gradient_checkpointing_func=function)
+    return model
+
+
+@builds
+@of_users
+@recomputing
+def test_recomputed_activations_change_no_gradient(build: Build, theirs: str, ours: bool) -> None:
+    model = in_training(build, theirs)
+    out = preference(model, NCP(model, checkpoint=ours), frozen_view(model), pairs())
+    out.loss.backward()
+    got, want = numbers(out, model), expected(build)
+    assert got.keys() == want.keys()
+    if theirs == "reentrant":  # whose backward passes add up in another order
+        assert_same(got, want, rtol=1e-12)
+    else:
+        assert [name for name in want if not np.array_equal(got[name], want[name])] == []
+
+
+def under_ddp(build: Build, before: bool, theirs: str, ours: bool) -> Numbers:
+    model = in_training(build, theirs)
+    early = NCP(model, checkpoint=ours), frozen_view(model)
+    wrapped = DDP(model)
+    ncp, reference = early if before else (NCP(wrapped, checkpoint=ours), frozen_view(wrapped))
+    for _ in range(2):  # DDP complains in the second step of what went wrong in the first
+        wrapped.zero_grad()
+        out = preference(wrapped, ncp, reference, share(pairs()))
+        out.loss.backward()
+    return numbers(out, model)
+
+
+@builds
+@pytest.mark.parametrize("before", [False, True], ids=["built after", "built before"])
+def test_ddp(run: Run, build: Build, before: bool) -> None:
+    assert_processes_give(expected(build), run(under_ddp, build, before, "", False))
+
+
+def with_buffers(unet: nn.Module) -> nn.Module:
+    """LoRA, and a table of positions, as transformers have."""
+    unet.conv_in.register_buffer("positions", torch.arange(3.0))
+    return add_lora(unet)
+
+
+def test_ddp_with_buffers_which_it_writes_to_at_every_step(run: Run) -> None:
+    assert_processes_give(expected(add_lora), run(under_ddp, with_buffers, True, "", False))
+
+
+@builds
+@of_users
+@recomputing
+def test_ddp_with_recomputed_activations(run: Run, build: Build, theirs: str, ours: bool) -> None:
+    assert_processes_give(expected(build), run(under_ddp, build, False, theirs, ours))
+
+
+def under_fsdp(build: Build, before: bool, ours: bool, shard_reference: bool = False) -> Numbers:
+    model = build(small()).train()
+    early = (NCP(model, checkpoint=ours), frozen_view(model)) if before else None
+    for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
+        fully_shard(block)
+    fully_shard(model)
+    ncp, reference = early or (NCP(model, checkpoint=ours), frozen_view(model))
+    if shard_reference:
+        fully_shard(reference)
+    for _ in range(2):
+        model.zero_grad()
+        out = preference(model, ncp, reference, share(pairs()))
+        out.loss.backward()
+    return numbers(out, model)
+
+
+@pytest.mark.parametrize("build", [add_lora, full, attention_only])
+@recomputing
+def test_fsdp2(run: Run, build: Build, ours: bool) -> None:
+    assert_processes_give(expected(build), run(under_fsdp, build, False, ours))
+
+
+def test_fsdp2_of_a_loss_built_before_on_trainable_weights(run: Run) -> None:
+    assert_processes_give(expected(full), run(under_fsdp, full, True, False))
+
+
+@pytest.mark.parametrize(("build", "before"), [(add_lora, False), (full, False), (full, True)])
+def test_fsdp2_with_a_reference_that_is_sharded_too(run: Run, build: Build, before: bool) -> None:
+    assert_processes_give(expected(build), run(under_fsdp, build, before, False, True))
+
+
+def sharded_after_the_loss(build: Build) -> Numbers:
+    model = build(small())
+    ncp = NCP(model)
+    fully_shard(model)
+    arguments = share(pairs())
+    prediction = torch.zeros_like(arguments["target"])
+    with pytest.raises(RuntimeError, match=r"conv_in\.\w+ was sharded over processes. Build the loss again"):
+        ncp(prediction, **arguments)
+    return {}
+
+
+def test_shared_weights_that_are_sharded_later_are_named(run: Run) -> None:
+    run(sharded_after_the_loss, add_lora)
+
+
+def by_accelerate(build: Build, before: bool) -> Numbers:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == PROCESSES
+    model = build(small()).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    early = NCP(model), frozen_view(model)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ncp, reference = early if before else (NCP(wrapped), frozen_view(wrapped))
+    for _ in range(2):
+        optimizer.zero_grad()
+        out = preference(wrapped, ncp, reference, share(pairs()))
+        accelerator.backward(out.loss)
+        optimizer.step()
+    gathered = {name: accelerator.gather(value).mean() for name, value in out.metrics.items()}
+    reduced = accelerator.reduce(out.metrics, "mean")
+    torch.testing.assert_close(gathered, reduced)
+    return numbers(out._replace(metrics=gathered), accelerator.unwrap_model(wrapped))
+
+
+@pytest.mark.parametrize("build", [add_lora, peft_lora, full])
+@pytest.mark.parametrize("before", [False, True], ids=["built after", "built before"])
+def test_accelerate_gathers_the_whole_batchs_metrics_and_gradients(run: Run, build: Build, before: bool) -> None:
+    for got in run(by_accelerate, build, before):
+        assert_same(got, expected(build))
+
+
+UNEVEN = [[[0, 1], [2, 3]], [[4, 5], [6]]]  # pairs of each batch, of each process: the last of the data is short
+
+
+def accumulated(build: Build) -> Numbers:
+    """As the docs say: sums, divided by all the pairs of the step; DDP and accelerate divide by the other two."""
+    arguments, batches = pairs(7), UNEVEN[dist.get_rank()]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(batches))
+    model = build(small()).train()
+    wrapped = accelerator.prepare(model)
+    ncp, reference = NCP(wrapped), frozen_view(wrapped)
+    mine = torch.tensor(sum(map(len, batches)))
+    total = accelerator.reduce(mine, "sum").item()
+    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / total
+    sums: dict[str, Tensor] = {}
+    for which in batches:
+        with accelerator.accumulate(wrapped):
+            out = preference(wrapped, ncp, reference, rows(arguments, *which), reduction="sum")
+            accelerator.backward(out.loss * scale)
+        for name, value in out.metrics.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value * (1 if name == "loss" else len(which))
+    metrics = {name: value / total for name, value in accelerator.reduce(sums, "sum").items()}
+    return numbers(out._replace(metrics=metrics), model)
+
+
+@builds
+def test_accumulated_gradients_of_uneven_batches_are_the_whole_batchs(run: Run, build: Build) -> None:
+    for got in run(accumulated, build):
+        assert_same(got, expected(build, 7))
