@@ -34,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    counted, sizes, pairs = REAL, [16, 24, 32, 48], [1, 2, 4]
+    counted, sizes, pairs, every = REAL, [16, 24, 32, 48], [1, 2, 4], 1
     if args.tiny:
-        args.model, args.rounds, counted, sizes, pairs = "tiny", 2, {"tiny": 8}, [8, 16], [1, 2]
+        args.model, args.rounds, counted, sizes, pairs, every = "tiny", 1, {"tiny": 8}, [8, 16], [1, 2], 3
     rows = []
     for model, size in (counted | {args.model: LATENTS[args.model]}).items():
         steps = Steps(model, size, 1, "mid_block", torch.float32, COUNTED_ON)
-        flops = {name: flops_of(step) for name, step in at_layers(steps).items()}
+        flops = {name: flops_of(step) for name, step in at_layers(steps, every).items()}
         rows += [{"model": model, "layer": n, "FLOPs": flops[n] / flops[BASE], "time": None} for n in flops]
     steps = Steps(args.model, LATENTS[args.model], 1, "mid_block", torch.float32, args.device)
-    times = interleaved(at_layers(steps), args.rounds, args.threads)
+    times = interleaved(at_layers(steps, every), args.rounds, args.threads)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     for row in rows:
         if row["model"] == args.model:
@@ -59,9 +59,10 @@ def run(args: argparse.Namespace) -> None:
     report.print_table("The loss alone", growth, dict.fromkeys(("time", "FLOPs", "seconds"), ".3f"))
 
 
-def at_layers(steps: Steps) -> dict[str, Callable[[], Any]]:
+def at_layers(steps: Steps, every: int) -> dict[str, Callable[[], Any]]:
     """Latent DPO, then the perceptual step at the end of every block down, in the middle, and of the first block up."""
     layers = [f"down_blocks.{i}" for i in range(len(steps.unet.down_blocks))] + ["mid_block", "up_blocks.0"]
+    layers = layers[::every]
     found: dict[str, Callable[[], Any]] = {BASE: steps.latent}
     for layer in layers:
         ncp = NoiseConditionedPerceptualLoss(steps.unet, layer, schedule=steps.scheduler)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .schedule import per_sample
+from .schedule import constant_to_compilers, per_sample
 
 Features = dict[str, Tensor]
 Encode = Callable[[Tensor], Features]
@@ -46,7 +46,7 @@ def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimat
     return Estimator(difference, reach=0.02 if coarse else 0.001)
 
 
-@torch.compiler.assume_constant_result  # no compiler reads these settings; it keeps what they were when it compiled
+@constant_to_compilers  # no compiler reads these settings; it keeps what they were when it compiled
 def _uses_tf32(device: torch.device) -> bool:
     """Whether matrix products are given inputs rounded to fp16's mantissa, as cuDNN's convolutions are by default."""
     backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends)  # type: ignore[attr-defined]

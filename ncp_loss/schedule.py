@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from .checks import bad, check_choice, check_positive, check_timesteps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Step = int | Literal["uniform", "clean"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_to_compilers(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which would import the compiler with the library."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ class NoiseSchedule:
 
 # A compiler takes the tables as constants, so that filling the cache on the first call is no reason to compile a second
 # time. It watches for another schedule by this function's argument; of a method it would not watch the owner.
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def _tables(schedule: NoiseSchedule, what: Step | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The coefficients of step ``what``, or alpha and sigma, for every t: made once for each device and dtype."""
     key = (what, device, dtype)
