@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.steps import LATENTS, MODELS, Steps
-from benchmarks.throughput import COUNTED_ON, flops_of, interleaved
+from benchmarks.timing import COUNTED_ON, flops_of, interleaved
 from ncp_loss import NoiseConditionedPerceptualLoss
 
 REAL = {"sd15": 64, "sdxl": 128}

@@ -2,12 +2,15 @@
 
 Every tensor that an operation makes is followed until nobody holds it. "Held" is what is alive as the backward pass
 begins, which is what it needs; the peak is that of the whole step; both are beyond what existed before, and counted by
-storage. Weights held beyond the user's model are counted too. Writes memory.csv, memory.json and memory.png.
+storage. What the process takes from the system, or from the GPU, is its own account: kernels' workspaces included, in
+whole pages. Weights held beyond the user's model are counted too. Writes memory.csv, memory.json and memory.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     }
     steps.perceptual()  # what is made once is there: tables, gradients
     found = {name: held_and_peak(steps, step) for name, step in contenders.items()}
+    taken = {name: taken_by_process(step, args.device) for name, step in contenders.items()}
     base = found[BASE]
     extra = found["ncp_loss"][0] - base[0]
     rows = [
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
             "over ncp_loss's": (held - base[0]) / extra,
             "peak, MB": peak / 1e6,
             "peak beyond latent DPO, MB": (peak - base[1]) / 1e6,
+            "process, MB": None if taken[name] is None else taken[name] / 1e6,
             "weights beyond the model, MB": weights.get(name, 0) / 1e6,
         }
         for name, (held, peak) in found.items()
@@ -88,6 +93,30 @@ def held_and_peak(steps: Steps, step: Callable[[], Any]) -> tuple[int, int]:
         step()
     steps.before_backward = lambda: None
     return alive.held, alive.peak
+
+
+def taken_by_process(step: Callable[[], Any], device: torch.device) -> int | None:
+    """How far a step takes the process's memory above where it began, at most; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used first, and not be seen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(which: str) -> int:
+    """Bytes of this process in memory now, VmRSS, or at the peak, VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
 def encoder_activations(steps: Steps) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import timer
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.networks import converted, digits, digits_batch
 from benchmarks.steps import LATENTS, MODELS, CurrentStep, Steps
+from benchmarks.timing import COUNTED_ON, flops_of, interleaved
 from examples.digits import new_scheduler
 from ncp_loss import NoiseConditionedPerceptualLoss
 
 DIGITS_TIMESTEPS = [5, 100, 500, 900]
-# Nothing is computed there, and attention's products are counted, which a CPU's fused attention hides from the counter.
-COUNTED_ON = torch.device("meta")
 BASE, PEER, OURS = "latent DPO", "NCP as published", "ncp_loss"
 
 
@@ -46,10 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
     if args.tiny:
         args.model, args.rounds, args.compile = "tiny", 2, False
     latents = args.latents or LATENTS[args.model]
+    file = "throughput" if args.model in ("small", "tiny") else f"throughput-{args.model}"
+    kept = report.Kept(args.out / f"{file}.partial.json", args.resume)
     steps, counted = (
         Steps(args.model, latents, args.pairs, args.layer, getattr(torch, args.dtype), device)
         for device in (args.device, COUNTED_ON)
@@ -57,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     contenders, parts = contenders_of(steps, args.compile), parts_of(steps)
     if args.only:
         contenders = {name: step for name, step in contenders.items() if name in (BASE, PEER, *args.only)}
-    times = interleaved(contenders | parts, args.rounds, args.threads)
+    times = interleaved(contenders | parts, args.rounds, args.threads, kept)
     flops = {name: flops_of(step) for name, step in (contenders_of(counted, False) | parts_of(counted)).items()}
     flops["ncp_loss, compiled"] = flops[OURS]
 
@@ -84,13 +80,12 @@ def run(args: argparse.Namespace) -> None:
     }
     if steps.target_features is not None:
         content["features of the current step"] = fidelity(steps, args.device)
-    name = "throughput" if args.model in ("small", "tiny") else f"throughput-{args.model}"
-    report.write_csv(
-        args.out / f"{name}.csv", [{"round": i} | dict(zip(times, r, strict=True)) for i, r in rounds_of(times)]
-    )
-    report.write_json(args.out / f"{name}.json", report.record(args.device, time.perf_counter() - start) | content)
+    rounds = enumerate(zip(*times.values(), strict=True), start=1)
+    report.write_csv(args.out / f"{file}.csv", [{"round": i} | dict(zip(times, r, strict=True)) for i, r in rounds])
+    report.write_json(args.out / f"{file}.json", report.record(args.device, kept.seconds) | content)
+    kept.done()
     draw(
-        args.out / f"{name}.png",
+        args.out / f"{file}.png",
         rows,
         times,
         f"{args.model}, {latents} x {latents} latents, {args.layer}, {args.dtype}",
@@ -133,31 +128,6 @@ def contenders_of(steps: Steps, compiled: bool) -> dict[str, Callable[[], Any]]:
         contenders["ncp_loss, kept reference and target"] = steps.kept_reference_and_target
         contenders["ncp_loss, target from the reference"] = steps.from_reference
     return contenders
-
-
-def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one round that is not counted."""
-    torch.set_num_threads(threads)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in tqdm(range(rounds + 1), desc="rounds"):
-        for name, step in steps.items():
-            start = (
-                timer()
-            )  # waits for the GPU, where there is one; benchmark.Timer runs each step twice more to warm up
-            step()
-            if i:
-                times[name].append(timer() - start)
-    return times
-
-
-def rounds_of(times: dict[str, list[float]]) -> list[tuple[int, tuple[float, ...]]]:
-    return list(enumerate(zip(*times.values(), strict=True), start=1))
-
-
-def flops_of(step: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
 
 
 def profile_of(step: Callable[[], Any]) -> list[dict[str, Any]]:

@@ -53,7 +53,10 @@ def throughput_rows(name: str = "throughput") -> list[str]:
 
 
 def profile_rows() -> list[str]:
-    return [f"| `{row['operation']}` | {row['share']:.0%} |" for row in result("throughput")["profile"][:5]]
+    """The operations that lead in either network's encoder."""
+    small, real = ({r["operation"]: r["share"] for r in result(n)["profile"]} for n in ("throughput", "throughput-sd15"))
+    leading = dict.fromkeys([*list(small)[:5], *list(real)[:5]])
+    return [f"| `{name}` | {small[name]:.0%} | {real[name]:.0%} |" for name in leading]
 
 
 def fidelity_rows() -> list[str]:
@@ -71,15 +74,18 @@ def layer_rows() -> list[str]:
 
 
 def memory_rows() -> list[str]:
-    keys = ("held for backward, MB", "beyond latent DPO, MB", "peak, MB", "weights beyond the model, MB")
+    keys = ["held for backward, MB", "beyond latent DPO, MB", "peak, MB", "process, MB", "weights beyond the model, MB"]
     return [f"| {r['step']} | " + " | ".join(f"{r[key]:.1f}" for key in keys) + " |" for r in result("memory")["steps"]]
 
 
 def performance_figures() -> list[str]:
     throughput, memory, kernels = result("throughput"), result("memory"), result("kernels")
+    real = result("throughput-sd15")
     checkpointed = next(r for r in memory["steps"] if "checkpoint" in r["step"])
     return [
         f"Medians of {throughput['settings']['rounds']} interleaved rounds",
+        f"medians of {real['settings']['rounds']} rounds",
+        f"at SD 1.5's size {real['step over its parts']['time']:.2f} times",
         f"takes {throughput['step over its parts']['time']:.2f} times the sum of its parts",
         f"alone are {memory['encoder activations, MB']:.1f} MB",
         "{:.0%} of that remains".format(checkpointed["over ncp_loss's"]),
@@ -89,7 +95,8 @@ def performance_figures() -> list[str]:
 
 def test_the_performance_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "performance.md").read_text()
-    rows = throughput_rows() + profile_rows() + fidelity_rows() + layer_rows() + memory_rows() + performance_figures()
+    rows = throughput_rows() + throughput_rows("throughput-sd15") + profile_rows() + fidelity_rows()
+    rows += layer_rows() + memory_rows() + performance_figures()
     for row in rows:
         assert row in page, row
 
