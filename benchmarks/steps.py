@@ -27,8 +27,8 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-# Narrow models have fewer heads, not narrower ones: SD 1.5's are 40 to 160 wide, and with heads 4 wide attention's kernels
-# would be four fifths of the encoder's time, where at SD 1.5's own size they are a ninth.
+# A narrow model has fewer heads, not narrower ones: SD 1.5's are 40 to 160 wide. With heads 4 wide attention's kernels
+# would be four fifths of the encoder's time; at SD 1.5's own size they are an eighth.
 MODELS = {
     "tiny": {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8, "cross_attention_dim": 16},
     "small": {

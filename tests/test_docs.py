@@ -54,7 +54,9 @@ def throughput_rows(name: str = "throughput") -> list[str]:
 
 def profile_rows() -> list[str]:
     """The operations that lead in either network's encoder."""
-    small, real = ({r["operation"]: r["share"] for r in result(n)["profile"]} for n in ("throughput", "throughput-sd15"))
+    small, real = (
+        {r["operation"]: r["share"] for r in result(n)["profile"]} for n in ("throughput", "throughput-sd15")
+    )
     leading = dict.fromkeys([*list(small)[:5], *list(real)[:5]])
     return [f"| `{name}` | {small[name]:.0%} | {real[name]:.0%} |" for name in leading]
 
