@@ -30,7 +30,14 @@ SDXL = {
 # A narrow model has fewer heads, not narrower ones: SD 1.5's are 40 to 160 wide. With heads 4 wide attention's kernels
 # would be four fifths of the encoder's time; at SD 1.5's own size they are an eighth.
 MODELS = {
-    "tiny": {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8, "cross_attention_dim": 16},
+    "tiny": {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 16,
+    },
     "small": {
         "block_out_channels": (32, 64, 128, 128),
         "cross_attention_dim": 256,
