@@ -161,26 +161,15 @@ class NoiseSchedule:
             after = drawn.repeat(2) if pairs else drawn
             A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
         else:
-            table = _tables(self, step, t.device, dtype)
-            A, B, s = (column[t] for column in table[:3])
-            after = table[3][t]
+            after = self.next_timesteps(t, step)
+            A, B, s = (table[t] for table in _tables(self, step, t.device, dtype))
         return ReverseStep(A, B, s, after.clamp(min=0).to(timesteps.dtype))
 
     def _at(self, which: int, timesteps: Tensor) -> Tensor:
         """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
         t = torch.as_tensor(timesteps)
         dtype = torch.float32 if t.device.type == "mps" else torch.float64
-        scales: tuple[Tensor, ...] = _tables(self, None, t.device, dtype)
-        return scales[which][t.long()]
-
-    def _scale_tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return self._alpha.to(device, dtype), self._sigma.to(device, dtype)
-
-    def _coefficient_tables(self, step: Step, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """A, B, s and t' for every t, made on the host in float64."""
-        t = torch.arange(len(self))
-        after = self.next_timesteps(t, step)
-        return *(c.to(device, dtype) for c in self._coefficients(t, after, step)), after.to(device)
+        return _tables(self, None, t.device, dtype)[which][t.long()]
 
     def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and s of the step from ``t`` to ``after``, in float64."""
@@ -202,12 +191,16 @@ class NoiseSchedule:
 # A compiler takes the tables as constants, so that filling the cache on the first call is no reason to compile a second
 # time. It watches for another schedule by this function's argument; of a method it would not watch the owner.
 @constant_to_compilers
-def _tables(schedule: NoiseSchedule, what: Step | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The coefficients of step ``what``, or alpha and sigma, for every t: made once for each device and dtype."""
-    key = (what, device, dtype)
+def _tables(schedule: NoiseSchedule, step: Step | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A, B and s of ``step``, or alpha and sigma, for every t: from float64 on the host, once per device and dtype."""
+    key = (step, device, dtype)
     if key in schedule._moved:
         return schedule._moved[key]
-    tables = schedule._coefficient_tables(what, device, dtype) if what else schedule._scale_tables(device, dtype)
+    tables: tuple[Tensor, ...] = (schedule._alpha, schedule._sigma)
+    if step is not None:
+        t = torch.arange(len(schedule))
+        tables = schedule._coefficients(t, schedule.next_timesteps(t, step), step)
+    tables = tuple(table.to(device, dtype) for table in tables)
     if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
         schedule._moved[key] = tables
     return tables
