@@ -61,6 +61,8 @@ class NoiseSchedule:
     (1000, 0.0683)
     """
 
+    _whole = True  # timesteps are whole numbers, for which coefficients can stand in tables
+
     def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
@@ -148,22 +150,24 @@ class NoiseSchedule:
         eta = 1, the DDPM posterior, for ``step=k`` (paper, eq. 2 and 12); eta = 0, DDIM, for "uniform" and "clean".
 
         Args:
-            timesteps: (B,) integers in [0, T), int64 or float.
+            timesteps: (B,) integers in [0, T), int64 or float; of a flow, any number in [0, T].
             step: k >= 1, "uniform" or "clean".
             dtype: of the coefficients, which are computed in float64 whatever it is.
             generator: draws t' for "uniform".
             pairs: the second half of the batch shares its draws of t' with the first.
         """
-        check_timesteps(timesteps, len(self))
-        t = timesteps.long()
-        if step == "uniform":
-            drawn = self.next_timesteps(t[: len(t) // 2] if pairs else t, step, generator)
-            after = drawn.repeat(2) if pairs else drawn
-            A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
+        check_timesteps(timesteps, len(self), self._whole)
+        t = timesteps.long() if self._whole else timesteps
+        if step == "uniform" and pairs:
+            after = self.next_timesteps(t[: len(t) // 2], step, generator).repeat(2)
         else:
-            after = self.next_timesteps(t, step)
+            after = self.next_timesteps(t, step, generator)
+        if self._whole and step != "uniform":
             A, B, s = (table[t] for table in _tables(self, step, t.device, dtype))
-        return ReverseStep(A, B, s, after.clamp(min=0).to(timesteps.dtype))
+        else:
+            A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
+        kept = timesteps.dtype if self._whole or timesteps.is_floating_point() else torch.float32
+        return ReverseStep(A, B, s, after.clamp(min=0).to(kept))
 
     def _at(self, which: int, timesteps: Tensor) -> Tensor:
         """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
@@ -225,6 +229,8 @@ class FlowSchedule(NoiseSchedule):
     tensor([749.2493])
     """
 
+    _whole = False
+
     def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
         check_positive("shift", shift)
         check_positive("steps", steps)
@@ -258,22 +264,7 @@ class FlowSchedule(NoiseSchedule):
             u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
         return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
 
-    def reverse_step(
-        self,
-        timesteps: Tensor,
-        step: Step = 1,
-        *,
-        dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-        pairs: bool = False,
-    ) -> ReverseStep:
-        """A = 1, ``B = sigma' - sigma``, s = 0; arguments as in :meth:`NoiseSchedule.reverse_step`."""
-        check_timesteps(timesteps, self.steps, whole=False)
-        if step == "uniform" and pairs:
-            drawn = self.next_timesteps(timesteps[: len(timesteps) // 2], step, generator)
-            after = torch.cat([drawn, drawn])
-        else:
-            after = self.next_timesteps(timesteps, step, generator)
-        B = (self.sigma(after) - self.sigma(timesteps)).to(dtype)
-        floating = timesteps.dtype if timesteps.is_floating_point() else torch.float32
-        return ReverseStep(torch.ones_like(B), B, torch.zeros_like(B), after.to(floating))
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """A = 1, ``B = sigma' - sigma``, s = 0."""
+        B = self.sigma(after) - self.sigma(t)
+        return torch.ones_like(B), B, torch.zeros_like(B)
