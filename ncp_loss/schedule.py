@@ -184,10 +184,10 @@ class NoiseSchedule:
         noise = (sigma_.square() - s.square()).clamp(min=0).sqrt()
         # The estimates of x_0 and eps, each as (factor of x_t, factor of the prediction).
         x_0, eps = {
-            "epsilon": lambda: ((1 / alpha, -sigma / alpha), (zero, one)),
-            "v_prediction": lambda: ((alpha, -sigma), (sigma, alpha)),
-            "sample": lambda: ((zero, one), (1 / sigma, -alpha / sigma)),
-        }[self.prediction_type]()
+            "epsilon": ((1 / alpha, -sigma / alpha), (zero, one)),
+            "v_prediction": ((alpha, -sigma), (sigma, alpha)),
+            "sample": ((zero, one), (1 / sigma, -alpha / sigma)),
+        }[self.prediction_type]
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
         return A, B, s
 
