@@ -81,8 +81,8 @@ class FrozenEncoder:
         self._call = call or _by_name
         if not isinstance(layers, str | Sequence | Mapping):
             raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
-        names = (layers,) if isinstance(layers, str) else layers
-        self.weights = {layer: layers[layer] if isinstance(layers, Mapping) else 1.0 for layer in names}
+        names = [layers] if isinstance(layers, str) else list(layers)
+        self.weights = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(names, 1.0)
         if not self.weights or any(not weight > 0 for weight in self.weights.values()):
             raise bad("layer", "one module path or more, with positive weights", repr(layers))
         ends = {layer: _resolve(self.view, layer) for layer in self.weights}
@@ -90,14 +90,12 @@ class FrozenEncoder:
             raise bad("layer", "different modules", repr(layers))
 
         modules = dict(self.view.named_modules())
-        used = {name for name in modules if not all(_runs_after(name, end) for end in ends.values())}
-        self._owned = own_trainable(self.view, used)
-        copies = {id(p) for module in self._owned for p in module.parameters(recurse=False)}
-        weights = [p for name in modules if name in used for p in modules[name].parameters(recurse=False)]
-        self._copied = next((p for p in weights if id(p) in copies), None)
-        self._shared = next((p for p in weights if id(p) not in copies), None)
+        used = {name: modules[name] for name in modules if not all(_runs_after(name, end) for end in ends.values())}
+        self._owned = own_trainable(used)
+        shared = {name: module for name, module in used.items() if name not in self._owned}
+        self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
         self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
-        self._watch = Watch(self.view, links, used, self._owned)
+        self._watch = Watch(used, shared, links)
         self._kept: dict[str, Tensor] = {}
         for layer, end in ends.items():
             modules[end].register_forward_hook(_Tap(layer, self._kept, len(ends)), with_kwargs=True)
@@ -170,7 +168,7 @@ class FrozenEncoder:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What ``ncp.to(...)`` does: convert the encoder's own copies; what is the user's, the user moves."""
-        for module in self._owned:
+        for module in self._owned.values():
             nn.Module._apply(module, fn, recurse=False)
 
     def _check_own(self, latents: Tensor) -> None:
@@ -183,6 +181,10 @@ class FrozenEncoder:
             hint = "convert these with ncp.to(dtype)"
             must_be = f"in the dtype of the loss's copies of its trainable weights, {copied.dtype}: {hint}"
             raise bad("unet", must_be, shared.dtype)
+
+
+def _first_weight(modules: Mapping[str, nn.Module]) -> Tensor | None:
+    return next((p for module in modules.values() for p in module.parameters(recurse=False)), None)
 
 
 def _by_name(model: nn.Module, latents: Tensor, timesteps: Tensor, **conditioning: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def frozen_view(model: M) -> M:
     if not isinstance(model, nn.Module):
         raise bad("model", "a torch.nn.Module", type(model).__name__, TypeError)
     view, _ = twin_of(model)
-    own_trainable(view, {name for name, _ in view.named_modules()})
+    own_trainable(dict(view.named_modules()))
     return view  # type: ignore[return-value]
 
 
@@ -79,7 +79,7 @@ class _Shared(NamedTuple):
     """
 
     path: str
-    home: dict[str, Tensor | None]
+    home: Mapping[str, Tensor | None]
     key: str
     tensor: Tensor
     version: int | None = None
@@ -88,18 +88,15 @@ class _Shared(NamedTuple):
 class Watch:
     """Tells when the weights that a view shares are no longer the base model's, without reading a value of them."""
 
-    def __init__(self, view: nn.Module, links: list[Link], used: Container[str], owned: list[nn.Module]) -> None:
-        own = {id(module) for module in owned}
-        modules = {name: module for name, module in view.named_modules() if name in used}
+    def __init__(self, used: Mapping[str, nn.Module], shared: Mapping[str, nn.Module], links: list[Link]) -> None:
         self._shared = [
             _Shared(f"{name}.{key}", home, key, tensor)
-            for name, module in modules.items()
-            if id(module) not in own
+            for name, module in shared.items()
             for home in (module._parameters, module._buffers)
             for key, tensor in home.items()
             if tensor is not None
         ]
-        twins = {id(module) for module in modules.values()}
+        twins = {id(module) for module in used.values()}
         self._links = [link for link in links if id(link.twin) in twins]
 
     def check(self) -> None:
@@ -130,8 +127,8 @@ class Watch:
         self._shared = [shared._replace(version=None) for shared in state]
 
 
-def own_trainable(view: nn.Module, used: Container[str]) -> list[nn.Module]:
-    """Give each used module with a trainable or a sharded weight whole tensors of its own; return those modules."""
+def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Give each module with a trainable or a sharded weight whole tensors of its own; return those modules."""
     copies: dict[int, Tensor] = {}  # tied weights stay tied
 
     def own(tensor: Tensor) -> Tensor:
@@ -140,14 +137,13 @@ def own_trainable(view: nn.Module, used: Container[str]) -> list[nn.Module]:
             copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
         return copies[id(tensor)]
 
-    owned = []
-    for name, module in view.named_modules():
-        parameters = [p for p in module._parameters.values() if p is not None]
-        if name in used and any(p.requires_grad or _is_sharded(p) for p in parameters):
+    owned = {}
+    for name, module in modules.items():
+        if any(p.requires_grad or _is_sharded(p) for p in module._parameters.values() if p is not None):
             for home in ("_parameters", "_buffers"):
                 tensors = vars(module)[home]
                 vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
-            owned.append(module)
+            owned[name] = module
     return owned
 
 
