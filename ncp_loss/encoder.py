@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,8 +104,9 @@ class FrozenEncoder:
             blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
             if not blocks:
                 raise bad("checkpoint", f"False: {type(self.view).__name__} has no gradient checkpointing", "True")
+            function = partial(recompute, use_reentrant=False)
             for block in blocks:
-                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recompute)
+                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=function)
         self._takes_text = "encoder_hidden_states" in inspect.signature(type(self.view).forward).parameters
         self._reads_text = any(getattr(module, "has_cross_attention", False) for module in modules.values())
 
@@ -129,9 +131,7 @@ class FrozenEncoder:
             self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
         if missing := self.weights.keys() - self._kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
-        features = {layer: self._kept[layer] for layer in self.weights}
-        self._kept.clear()
-        return features
+        return {layer: self._kept.pop(layer) for layer in self.weights}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -248,7 +248,3 @@ def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, na
     if copies > 1 and value.ndim > 0 and len(value) == batch:
         value = value.repeat(copies, *[1] * (value.ndim - 1))
     return value
-
-
-def _recompute(module: Callable[..., Any], *args: Any) -> Any:
-    return recompute(module, *args, use_reentrant=False)
