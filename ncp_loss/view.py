@@ -13,9 +13,9 @@ from .checks import bad
 
 M = TypeVar("M", bound=nn.Module)
 
+_WRAPPED = ("base_layer", "original_module", "_orig_mod")  # a tuner's, a saved module's, a compiled module's own layer
 # Instance state that redirects a call to the module it was made for: accelerate's mixed-precision and offload wrappers,
 # adapters that override `forward` on the instance, `module.compile()`.
-_WRAPPED = ("base_layer", "original_module", "_orig_mod")  # a tuner's, a saved module's, a compiled module's own layer
 _BOUND_TO_ORIGINAL = (
     *("forward", "train", "eval"),
     *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
@@ -200,8 +200,9 @@ def _twin(module: nn.Module, path: str, memo: dict[int, nn.Module], links: list[
     vars(twin).update(state)
     for name, child in module._modules.items():
         below = f"{path}.{name}".lstrip(".")
-        twin._modules[name] = made = None if child is None else _twin(child, below, memo, links)
-        if child is not None and made is not None:
+        twin._modules[name] = None
+        if child is not None:
+            twin._modules[name] = made = _twin(child, below, memo, links)
             links.append(Link(below, module._modules, name, made, _base_layer(child, below) is not child))
     return twin
 
