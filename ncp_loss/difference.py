@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,12 +90,11 @@ class Enter(torch.autograd.Function):
 def feature_differences(
     encode: Encode,
     base: Tensor,
-    displacement: Tensor,
-    ref_displacement: Tensor | None,
+    displacements: Sequence[Tensor],
     estimator: Estimator,
     target: Features | None = None,
-) -> tuple[FeatureDifference, FeatureDifference | None]:
-    r"""Differences of features between ``base + displacement`` and ``base``, for the model and for the reference.
+) -> list[FeatureDifference]:
+    r"""Differences of features between ``base + displacement`` and ``base``, for each displacement.
 
     With d the displacement, m = x* + d/2 the middle, and r chosen per sample so that ``rms(r d) = reach * rms(x*)``,
     but never shorter than the definition's own:
@@ -110,13 +109,12 @@ def feature_differences(
     Args:
         encode: from latents, one batch or several stacked, to features.
         base: x*, the latents reached by the true prediction, (B, ...).
-        displacement: d = B (prediction - target), (B, ...), the only input that carries a gradient.
-        ref_displacement: the reference's, or None.
+        displacements: d = B (prediction - target), (B, ...) each; the first, the model's, alone carries a gradient.
         estimator: which of the above.
         target: f(x*) where it is known already, for the estimators that take it ("literal" and "scaled").
     """
-    d = displacement.detach()
-    moves = [d] if ref_displacement is None else [d, ref_displacement]
+    displacement, moves = displacements[0], [d.detach() for d in displacements]
+    d = moves[0]
     trains = torch.is_grad_enabled() and displacement.requires_grad
     features: dict[int, Features] = {} if target is None else {id(base): target}
     if estimator.kind == "tangent":
@@ -138,7 +136,7 @@ def feature_differences(
         results = [FeatureDifference(features[id(x.plus)], features[id(x.minus)], x.scale, target) for x in ends]
     if trains:
         results[0] = results[0]._replace(graph=graph, gate=gate)
-    return results[0], results[1] if len(results) > 1 else None
+    return results
 
 
 class _Ends(NamedTuple):

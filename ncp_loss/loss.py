@@ -188,17 +188,17 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             z = torch.randn(drawn.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
             z = torch.cat([z, z]) if pairs else z
 
-        model, reference = feature_differences(
+        differences = feature_differences(
             partial(encoder, timesteps=back.timesteps, encoder_hidden_states=encoder_hidden_states, **model_kwargs),
             back.latents(x, truth, z),
-            back.displacement(model_pred, truth),
-            None if ref_pred is None else back.displacement(ref_pred.detach(), truth),
+            [back.displacement(prediction, truth) for prediction in (model_pred, ref_pred) if prediction is not None],
             estimator,
             target_features,
         )
         unit = back.B if self.weighting == "noise" else None
-        error = partial(feature_error, weights=encoder.weights, normalize=self.normalize, unit=unit, impl=self.impl)
-        return error(model), None if reference is None else error(reference)
+        error_of = partial(feature_error, weights=encoder.weights, normalize=self.normalize, unit=unit, impl=self.impl)
+        error, *ref_error = map(error_of, differences)
+        return error, ref_error[0] if ref_error else None
 
     def features(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **model_kwargs: Any
