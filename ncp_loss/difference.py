@@ -151,7 +151,7 @@ def _ends(base: Tensor, d: Tensor, estimator: Estimator) -> _Ends:
     Exactly 0, since two evaluations of one point in batches of two sizes may differ in a last digit.
     """
     central = estimator.kind == "central"
-    r = torch.full_like(base[:, 0].flatten(1)[:, 0], 0.5 if central else 1.0)
+    r = base.new_full(base.shape[:1], 0.5 if central else 1.0)
     if estimator.kind != "literal":
         r = torch.maximum(r, (estimator.reach * _rms(base) / _rms(d)).nan_to_num(posinf=1.0, nan=1.0))
     moved = reduce(d != 0, "b ... -> b", "max")
