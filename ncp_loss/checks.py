@@ -36,17 +36,18 @@ def check_floating(name: str, value: object) -> Tensor:
     return tensor
 
 
-def check_like(name: str, value: object, reference_name: str, reference: Tensor) -> None:
+def check_like(name: str, value: object, reference_name: str, reference: Tensor) -> Tensor:
     """Same shape, nothing broadcast, and same device."""
     tensor = check_floating(name, value)
     if tensor.shape != reference.shape:
         raise bad(name, f"shaped like {reference_name}, {_shape(reference)}", _shape(tensor))
-    check_device(name, tensor, reference_name, reference)
+    return check_device(name, tensor, reference_name, reference)
 
 
-def check_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+def check_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> Tensor:
     if value.device != reference.device:
         raise bad(name, f"on the device of {reference_name}, {reference.device}", f"on {value.device}")
+    return value
 
 
 def check_rows(name: str, value: object, latents: Tensor, *shape: int | str) -> Tensor:
@@ -57,8 +58,7 @@ def check_rows(name: str, value: object, latents: Tensor, *shape: int | str) -> 
     sizes = [was if isinstance(want, str) else want for want, was in zip(shape, tensor.shape[1:], strict=False)]
     if shape and (tensor.ndim != 1 + len(shape) or list(tensor.shape[1:]) != sizes):
         raise bad(name, f"shaped (B, {', '.join(map(str, shape))})", _shape(tensor))
-    check_device(name, tensor, "noisy_latents", latents)
-    return tensor
+    return check_device(name, tensor, "noisy_latents", latents)
 
 
 def check_errors(**errors: Tensor) -> None:

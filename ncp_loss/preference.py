@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +71,8 @@ def ncp_dpo_loss(
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
     error, from_pred = ncp(*inputs, ref_pred=ref_pred, pairs=True, per_sample=True, **options)
     ref = ref_error if from_pred is None else from_pred
-    check_like("ref_error", ref, "the batch's errors", error)
     chosen, rejected = error.chunk(2)
-    ref_chosen, ref_rejected = cast(Tensor, ref).detach().chunk(2)
+    ref_chosen, ref_rejected = check_like("ref_error", ref, "the batch's errors", error).detach().chunk(2)
     errors = chosen, rejected, ref_chosen, ref_rejected
     loss = dpo_loss(*errors, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta))
