@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ def bad(name: str, must_be: str, was: object, error: type[Exception] = ValueErro
     return error(f"{name} must be {must_be}; it was {was}")
 
 
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    if value not in tuple(choices):
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
         raise bad(name, "one of " + ", ".join(sorted(map(repr, choices))), repr(value))
 
 
@@ -81,6 +81,15 @@ def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool 
         raise bad(name, "an even batch: winners first, then their losers", _shape(latents))
     for other, value in others.items():
         check_like(other, value, name, latents)
+
+
+def expand_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
+    """One timestep for each sample, where one is given for all too: 0-dim or (B,) -> (B,)."""
+    t = check_device("timesteps", check_tensor("timesteps", timesteps), "noisy_latents", latents)
+    t = t.expand(len(latents)) if t.ndim == 0 else t
+    if t.shape != (len(latents),):
+        raise bad("timesteps", f"0-dimensional or of shape ({len(latents)},)", f"of shape {tuple(t.shape)}")
+    return t
 
 
 def check_timesteps(timesteps: Tensor, count: int, whole: bool = True) -> None:

@@ -10,16 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import (
-    bad,
-    check_choice,
-    check_device,
-    check_floating,
-    check_latents,
-    check_pairs,
-    check_rows,
-    check_tensor,
-)
+from .checks import bad, check_choice, check_floating, check_latents, check_pairs, check_rows, expand_timesteps
 from .difference import DIFFERENCES, Estimator, choose, feature_differences
 from .encoder import FrozenEncoder, Layers
 from .error import feature_error
@@ -263,11 +254,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         """What every method is given, looked over; the timesteps, one for each sample."""
         given = {key: value for key, value in like_latents.items() if value is not None}
         check_latents(name, latents, self._encoder.channels, pairs, **given)
-        check_device("timesteps", check_tensor("timesteps", timesteps), "noisy_latents", latents)
-        if timesteps.ndim == 0:
-            timesteps = timesteps.expand(len(latents))
-        if timesteps.shape != (len(latents),):
-            raise bad("timesteps", f"0-dimensional or of shape ({len(latents)},)", f"of shape {tuple(timesteps.shape)}")
+        timesteps = expand_timesteps(timesteps, latents)
         self._encoder.check_conditioning(latents, text, model_kwargs)
         return timesteps
 
