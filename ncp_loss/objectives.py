@@ -167,14 +167,14 @@ def preference_metrics(
     tensor(1.)
     """
     chosen, rejected = chosen_error.detach(), rejected_error.detach()
-    ref_chosen, ref_rejected = ref or (torch.zeros_like(chosen), torch.zeros_like(rejected))
+    ref_chosen, ref_rejected = ref or (0.0, 0.0)
     # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.
     margins = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
     accuracy = (0.5 * (margins.sign() + 1)).mean()
     return {
         "loss": loss.detach().mean(),
         "raw_model_loss": torch.cat([chosen, rejected]).mean(),
-        **({"ref_loss": torch.cat([ref_chosen, ref_rejected]).mean()} if ref else {}),
+        **({"ref_loss": torch.cat(ref).mean()} if ref else {}),
         "implicit_acc": accuracy,
         "rewards/chosen": (beta * (ref_chosen - chosen)).mean(),
         "rewards/rejected": (beta * (ref_rejected - rejected)).mean(),
@@ -184,10 +184,8 @@ def preference_metrics(
 
 
 def _margin(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None = None, ref_rejected: Tensor | None = None
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | float = 0.0, ref_rejected: Tensor | float = 0.0
 ) -> Tensor:
     """How much better than the reference the model is on winners than on losers, in units of error."""
     dtype = torch.promote_types(chosen.dtype, torch.float32)
-    if ref_chosen is None or ref_rejected is None:
-        return rejected.to(dtype) - chosen
     return (rejected.to(dtype) - ref_rejected) - (chosen.to(dtype) - ref_chosen)
