@@ -158,13 +158,12 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since the loss was built.
         """
-        # What is asked and what is given, before any work is done.
-        encoder, predictions = self._encoder, {"target": target, "model_pred": model_pred, "ref_pred": ref_pred}
-        inputs = noisy_latents, timesteps, encoder_hidden_states, model_kwargs
-        timesteps = self._checked(*inputs, predictions | {"variance_noise": variance_noise}, pairs=pairs)
+        given = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
+        timesteps = self._checked(noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given, pairs=pairs)
         if pairs:
             noise = target if self.schedule.prediction_type == "epsilon" else None
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
+        encoder = self._encoder
         estimator = choose(self.difference, encoder.compute_dtype(noisy_latents.device), noisy_latents.device)
         if target_features is not None:
             self._check_target_features(target_features, noisy_latents, estimator)
