@@ -111,9 +111,8 @@ def check_pairs(shared: Mapping[str, Tensor | None]) -> None:
 
 def values_are_free(value: Tensor) -> bool:
     """Whether reading values costs no synchronisation: a real tensor on the host, outside a trace."""
-    return (
-        value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0 and not torch.compiler.is_compiling()
-    )
+    readable = value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0
+    return readable and not torch.compiler.is_compiling()
 
 
 def _shape(value: Tensor) -> str:

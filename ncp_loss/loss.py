@@ -260,10 +260,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
     def _check_target_features(self, kept: dict[str, Tensor], latents: Tensor, estimator: Estimator) -> None:
         if estimator.kind not in ("literal", "scaled") or self.step == "uniform":
             why = f"difference {estimator.kind!r} in {self._encoder.compute_dtype(latents.device)}, step={self.step!r}"
-            must_be = (
-                "None unless differences start at the target ('literal', 'scaled'), with a step that is not random"
-            )
-            raise bad("target_features", must_be, f"given, with {why}")
+            must_be = "None unless differences start at the target ('literal', 'scaled')"
+            raise bad("target_features", f"{must_be}, with a step that is not random", f"given, with {why}")
         if kept.keys() != self._encoder.weights.keys():
             raise bad("target_features", f"of the layers {sorted(self._encoder.weights)}", f"of {sorted(kept)}")
         for layer, features in kept.items():

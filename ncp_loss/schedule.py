@@ -70,10 +70,8 @@ class NoiseSchedule:
             raise bad("betas", "a 1-D sequence of values in (0, 1]", f"of shape {tuple(b.shape)}, {b}")
         squared = torch.cumprod(1 - b, 0)
         if prediction_type == "epsilon" and squared[-1] == 0:
-            must_be = (
-                "'v_prediction' or 'sample' for a schedule with zero terminal SNR (where alpha = 0, noise tells no x_0)"
-            )
-            raise bad("prediction_type", must_be, "'epsilon'")
+            must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
+            raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
         self.prediction_type = prediction_type
         # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
         self._alpha = torch.cat([squared.sqrt(), torch.ones(1, dtype=torch.float64)])
