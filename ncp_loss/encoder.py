@@ -65,14 +65,8 @@ class _Tap:
 class FrozenEncoder:
     """Features of the bare base model at ``layers``; nothing past the last of them runs.
 
-    Not a Module, on purpose: the weights are the user's, and belong in no state_dict but theirs.
-
-    Args:
-        model: the user's model, in whatever wrapper.
-        layers: module paths as in ``model.get_submodule``; a negative index counts from the end, and a list of blocks
-            stands for its last one. A mapping gives each layer's weight in the error, 1 otherwise.
-        checkpoint: recompute each block's activations in backward.
-        call: how the model is called; by default with latents, ``timestep=`` and what conditioning is given, by name.
+    Not a Module, on purpose: the weights are the user's, and belong in no state_dict but theirs. Arguments are those of
+    :class:`NoiseConditionedPerceptualLoss`, where ``model`` is called ``unet`` and ``layers`` is called ``layer``.
     """
 
     def __init__(

@@ -159,8 +159,7 @@ def preference_metrics(
         beta: as in the loss.
 
     Returns:
-        0-dim tensors without gradient: ``loss, raw_model_loss, ref_loss`` (with a reference), ``implicit_acc`` and
-        ``rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies``. Reading none, it waits for no GPU.
+        0-dim tensors without gradient, ``ref_loss`` where there is a reference. Reading none, it waits for no GPU.
 
     >>> e = torch.tensor([0.5, 0.25])
     >>> preference_metrics(e.mean(), e, e + 0.5, (e, e), beta=2.0)["rewards/margins"]
