@@ -193,14 +193,15 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 def _runs_after(name: str, end: str) -> bool:
     """Whether module ``name`` runs only after module ``end`` has returned; False where that is not known."""
     a, b = name.split("."), end.split(".")
-    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if common is None:  # one holds the other
+    while a and b and a[0] == b[0]:
+        del a[0], b[0]
+    if not a or not b:  # one holds the other
         return False
-    x, y = a[common], b[common]
+    x, y = a[0], b[0]
     if x.isdigit() and y.isdigit():
         return int(x) > int(y)
     if {x, y} == {"resnets", "attentions"}:  # a block alternates between the two
-        return len(a) > common + 1 and len(b) > common + 1 and int(a[common + 1]) > int(b[common + 1])
+        return len(a) > 1 and len(b) > 1 and int(a[1]) > int(b[1])
     return x in _ORDER and y in _ORDER and _ORDER.index(x) > _ORDER.index(y)
 
 
