@@ -70,7 +70,7 @@ def check_errors(**errors: Tensor) -> None:
         check_like(name, value, first, reference)
 
 
-def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool = False, **others: Tensor) -> None:
+def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool, **others: Tensor) -> None:
     """What the model takes, (B, C, H, W) where its first layer is a convolution; the others are shaped like it."""
     shape = check_floating(name, latents).shape
     if channels is not None and (len(shape) != 4 or shape[1] != channels):

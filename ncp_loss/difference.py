@@ -92,7 +92,7 @@ def feature_differences(
     base: Tensor,
     displacements: Sequence[Tensor],
     estimator: Estimator,
-    target: Features | None = None,
+    target: Features | None,
 ) -> list[FeatureDifference]:
     r"""Differences of features between ``base + displacement`` and ``base``, for each displacement.
 

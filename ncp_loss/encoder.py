@@ -224,7 +224,7 @@ def _resolve(view: nn.Module, layer: str) -> str:
     return ".".join(path)
 
 
-def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, name: str = "") -> Any:
+def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, name: str) -> Any:
     """Conditioning as the encoder takes it: floats in ``dtype``, the batch repeated, in fresh containers.
 
     Ids (SDXL's sizes, positions) keep their dtype: bf16 has no room for a 1021.
