@@ -123,7 +123,7 @@ def encoder_activations(steps: Steps) -> int:
     """What the encoder alone holds for its backward pass, its features included."""
     latents = steps.noisy.detach().requires_grad_()
     with Alive() as alive:
-        features = steps.ncp._encoder(latents, steps.timesteps, steps.text, **steps.extra)
+        features = steps.ncp._encoder(latents, steps.timesteps, steps.text, steps.extra, latents.dtype)
         held = alive.now
     del features
     return held

@@ -124,12 +124,12 @@ class Steps:
         """What the perceptual loss evaluates without a graph: reference and target, in one batch."""
         twice, encoder = torch.cat([self.noisy] * 2), self.ncp._encoder
         with torch.no_grad():
-            encoder(twice, self.timesteps, self.text, **self.extra)
+            encoder(twice, self.timesteps, self.text, self.extra, twice.dtype)
 
     def trained_encoder_part(self) -> None:
         """The encoder's forward and backward pass at the model's prediction."""
         latents = self.noisy.detach().requires_grad_()
-        features = self.ncp._encoder(latents, self.timesteps, self.text, **self.extra)
+        features = self.ncp._encoder(latents, self.timesteps, self.text, self.extra, latents.dtype)
         torch.stack([f.float().square().mean() for f in features.values()]).sum().backward()
 
     # Whole steps.

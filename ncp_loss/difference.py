@@ -9,6 +9,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -83,6 +84,7 @@ class Enter(torch.autograd.Function):
         return latents.view_as(latents), latents.new_ones(len(latents))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, size: Tensor) -> Tensor:
         return gradient * per_sample(size, gradient)
 

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,19 +32,31 @@ class LastLayerReached(Exception):  # not an error: it ends a forward pass whose
     """Raised inside the view's forward, and caught around it, when the last wanted layer has run."""
 
 
+@dataclass
+class _Pass:
+    """One forward pass of the view: what has been kept of it, and whether it runs now."""
+
+    wanted: int
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    runs: bool = False
+
+
 class _Tap:
     """A forward hook that keeps a layer's output, and ends the pass when every layer's is there."""
 
-    def __init__(self, layer: str, kept: dict[str, Tensor], wanted: int) -> None:
-        self.layer, self.kept, self.wanted = layer, kept, wanted
+    def __init__(self, layer: str, forward: _Pass) -> None:
+        self.layer, self.forward = layer, forward
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.forward.runs:  # a checkpoint recomputes the layer in backward
+            return
+        kept, wanted = self.forward.kept, self.forward.wanted
         features = self._image_stream(args, kwargs, output)
         # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
-        self.kept[self.layer] = features.clone() if len(self.kept) + 1 < self.wanted else features
+        kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features
         # An exporter keeps a stack of the modules it is in, which an exception would leave unbalanced: run on there,
         # and let its dead-code elimination remove the rest.
-        if len(self.kept) == self.wanted and not torch.compiler.is_exporting():
+        if len(kept) == wanted and not torch.compiler.is_exporting():
             raise LastLayerReached
 
     def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor:
@@ -91,9 +104,9 @@ class FrozenEncoder:
         self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
         self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
         self._watch = Watch(used, shared, links)
-        self._kept: dict[str, Tensor] = {}
+        self._pass = _Pass(len(ends))
         for layer, end in ends.items():
-            modules[end].register_forward_hook(_Tap(layer, self._kept, len(ends)), with_kwargs=True)
+            modules[end].register_forward_hook(_Tap(layer, self._pass), with_kwargs=True)
         if checkpoint:
             blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
             if not blocks:
@@ -101,36 +114,47 @@ class FrozenEncoder:
             function = partial(recompute, use_reentrant=False)
             for block in blocks:
                 vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=function)
-        self._takes_text = "encoder_hidden_states" in inspect.signature(type(self.view).forward).parameters
+        takes = inspect.signature(type(self.view).forward).parameters
+        self._takes_text = "encoder_hidden_states" in takes and call is None
         self._reads_text = any(getattr(module, "has_cross_attention", False) for module in modules.values())
 
     def __call__(
-        self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **model_kwargs: Any
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor | None,
+        model_kwargs: dict[str, Any],
+        given: torch.dtype,
     ) -> dict[str, Tensor]:
         """{layer: features}. Where latents are k batches stacked, the conditioning of one batch serves them all.
 
-        Only here are latents cast to the dtype that the model computes in.
+        Only here are latents cast to the dtype that the model computes in; ``given`` is what the trainer has them in.
         """
         if not torch.compiler.is_compiling():
             self._watch.check()
             self._check_own(latents)
-        if self._takes_text or encoder_hidden_states is not None:
-            model_kwargs["encoder_hidden_states"] = encoder_hidden_states
+        if encoder_hidden_states is not None or self._takes_text:
+            model_kwargs = model_kwargs | {"encoder_hidden_states": encoder_hidden_states}
         batch, copies = len(timesteps), len(latents) // len(timesteps)
         dtype = None if _autocast_dtype(latents.device) else self.dtype
-        conditioning = {k: _prepared(v, batch, copies, dtype, k) for k, v in model_kwargs.items()}
-        self._kept.clear()
+        conditioning = {k: _prepared(v, batch, copies, dtype, given, k) for k, v in model_kwargs.items()}
         latents = latents if dtype is None else latents.to(dtype)
-        with contextlib.suppress(LastLayerReached):
-            self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
-        if missing := self.weights.keys() - self._kept.keys():
+        forward, self._pass.runs = self._pass, True
+        try:
+            with contextlib.suppress(LastLayerReached):
+                self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
+        finally:
+            found, forward.kept, forward.runs = forward.kept, {}, False
+        if missing := self.weights.keys() - found.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
-        return {layer: self._kept.pop(layer) for layer in self.weights}
+        return {layer: found[layer] for layer in self.weights}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights: what the model computes in without autocast."""
-        return next(p.dtype for p in self.view.parameters() if p.is_floating_point())
+        """What the model computes in without autocast: the dtype of its weights, but for those it keeps in float32."""
+        kept: Any = getattr(self.view, "_keep_in_fp32_modules", None) or ()
+        weights = ((name, p.dtype) for name, p in self.view.named_parameters() if p.is_floating_point())
+        return next(dtype for name, dtype in weights if not any(part in name for part in kept))
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What the model computes in now, autocast included."""
@@ -138,12 +162,14 @@ class FrozenEncoder:
 
     @property
     def channels(self) -> int | None:
-        """Of the latents, where the first layer is a 2-D convolution, which takes (B, C, H, W)."""
+        """Of the latents, where the first layer is a 2-D convolution, which takes (B, C, H, W), and is given them."""
         conv = getattr(self.view, "conv_in", None)
-        return conv.in_channels if isinstance(conv, nn.Conv2d) else None
+        return conv.in_channels if isinstance(conv, nn.Conv2d) and self._call is _by_name else None
 
     def check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
-        """What the model would stumble over deep inside, said at the door."""
+        """What the model would stumble over deep inside, said at the door, unless a call of one's own decides that."""
+        if self._call is not _by_name:
+            return
         config: Any = getattr(self.view, "config", None)
         if text is not None:
             width = getattr(config, "cross_attention_dim", None)
@@ -224,22 +250,26 @@ def _resolve(view: nn.Module, layer: str) -> str:
     return ".".join(path)
 
 
-def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, name: str) -> Any:
+def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, given: torch.dtype, name: str) -> Any:
     """Conditioning as the encoder takes it: floats in ``dtype``, the batch repeated, in fresh containers.
 
-    Ids (SDXL's sizes, positions) keep their dtype: bf16 has no room for a 1021.
+    What is wider, but not because all that the trainer gives is, stays as wide: class labels, rotary tables; ids always
+    (SDXL's sizes, positions). bf16 has no room for a 1021.
     """
     if isinstance(value, Mapping):
-        return {key: _prepared(item, batch, copies, dtype, key) for key, item in value.items()}
+        return {key: _prepared(item, batch, copies, dtype, given, key) for key, item in value.items()}
     if isinstance(value, list | tuple):
         # Image shapes and lengths of text come as one item for each sample; tensors in a list are batches, or tables.
         samples = isinstance(value, list) and len(value) == batch and not any(isinstance(x, Tensor) for x in value)
-        return type(value)(_prepared(item, batch, copies, dtype, name) for item in value * (copies if samples else 1))
+        return type(value)(
+            _prepared(item, batch, copies, dtype, given, name) for item in value * (copies if samples else 1)
+        )
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
-        value = value.to(dtype)
+        follows = name == "encoder_hidden_states" or value.dtype == given or value.itemsize <= dtype.itemsize
+        value = value.to(dtype) if follows else value
     if copies > 1 and value.ndim > 0 and len(value) == batch:
         value = value.repeat(copies, *[1] * (value.ndim - 1))
     return value

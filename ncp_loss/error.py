@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from einops import reduce
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .difference import FeatureDifference
 from .schedule import per_sample
@@ -46,7 +47,7 @@ def feature_error(
             square = _mean_square(plus[layer], minus[layer] if minus else None, fused)
             relative = torch.full_like(square, weight)
             if normalize:
-                relative = relative / _energy(difference, layer, square, fused)
+                relative = relative * _inverse(_energy(difference, layer, square, fused))
             error = error + relative * square
             slopes.append(relative * (2 / plus[layer][0].numel()))
             sizes.append(slopes[-1] * square.sqrt())
@@ -77,6 +78,7 @@ class _Leave(torch.autograd.Function):
         return error.view_as(error)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         size, slope, *ends = ctx.saved_tensors
         plus, minus = ends[: len(slope)], ends[len(slope) :] or [None] * len(slope)
@@ -126,5 +128,5 @@ def _difference(plus: Tensor, minus: Tensor | None) -> Tensor:
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0: where nothing moved there is no error to divide."""
+    """1/x, and 0 where x is 0: where nothing moved, or a layer is silent, there is no error to divide."""
     return torch.where(x == 0, torch.zeros_like(x), 1 / x)

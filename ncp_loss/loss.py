@@ -42,7 +42,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             differentiation; "auto", by the dtype the model computes in: "literal" in float64, "scaled" in float32,
             "central" in half precision.
         normalize: divide each layer's error by the mean square of its target features.
-        weighting: None, the paper's; "noise" divides by B^2, so that errors, and beta, have the scale of latent MSE.
+        weighting: None, the paper's; "noise" divides by B^2, the part of an error's scale that is the step's: errors,
+            and with them beta, come near the scale of latent MSE. What remains is the network's gain.
         checkpoint: recompute the encoder's activations in backward: less memory, about one more encoder forward.
         call: how the trainer calls the model, where that is not ``model(latents, timestep=timesteps,
             encoder_hidden_states=..., **model_kwargs)``: a function of just these, of which the first is the encoder,
@@ -156,7 +157,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
-            RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since the loss was built.
+            RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call.
         """
         given = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         timesteps = self._checked(noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given, pairs=pairs)
@@ -166,7 +167,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         encoder = self._encoder
         estimator = choose(self.difference, encoder.compute_dtype(noisy_latents.device), noisy_latents.device)
         if target_features is not None:
-            self._check_target_features(target_features, noisy_latents, estimator)
+            draws = generator is not None and variance_noise is None
+            self._check_target_features(target_features, noisy_latents, estimator, draws)
 
         # From here to the encoder's door in float32 at least, whatever the model's dtype.
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
@@ -179,7 +181,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             z = torch.cat([z, z]) if pairs else z
 
         differences = feature_differences(
-            partial(encoder, timesteps=back.timesteps, encoder_hidden_states=encoder_hidden_states, **model_kwargs),
+            lambda x: encoder(x, back.timesteps, encoder_hidden_states, model_kwargs, noisy_latents.dtype),
             back.latents(x, truth, z),
             [back.displacement(prediction, truth) for prediction in (model_pred, ref_pred) if prediction is not None],
             estimator,
@@ -205,8 +207,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
         """
         timesteps = self._checked(latents, timesteps, encoder_hidden_states, model_kwargs, {}, name="latents")
-        return self._encoder(latents, timesteps, encoder_hidden_states, **model_kwargs)
+        return self._encoder(latents, timesteps, encoder_hidden_states, model_kwargs, latents.dtype)
 
+    @torch.inference_mode(False)  # whose tensors cannot be saved for backward
     @torch.no_grad()
     def target_features(
         self,
@@ -238,7 +241,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, target.dtype), torch.float32)
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype)
         base = back.latents(noisy_latents.to(dtype), target.to(dtype), variance_noise)
-        return self._encoder(base, back.timesteps, encoder_hidden_states, **model_kwargs)
+        return self._encoder(base, back.timesteps, encoder_hidden_states, model_kwargs, noisy_latents.dtype)
 
     def _checked(
         self,
@@ -257,15 +260,23 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         self._encoder.check_conditioning(latents, text, model_kwargs)
         return timesteps
 
-    def _check_target_features(self, kept: dict[str, Tensor], latents: Tensor, estimator: Estimator) -> None:
+    def _check_target_features(
+        self, kept: dict[str, Tensor], latents: Tensor, estimator: Estimator, draws: bool
+    ) -> None:
+        dtype = self._encoder.compute_dtype(latents.device)
         if estimator.kind not in ("literal", "scaled") or self.step == "uniform":
-            why = f"difference {estimator.kind!r} in {self._encoder.compute_dtype(latents.device)}, step={self.step!r}"
+            why = f"difference {estimator.kind!r} in {dtype}, step={self.step!r}"
             must_be = "None unless differences start at the target ('literal', 'scaled')"
             raise bad("target_features", f"{must_be}, with a step that is not random", f"given, with {why}")
+        if draws:
+            raise bad("target_features", "None where variance_noise is drawn from a generator", "given")
         if kept.keys() != self._encoder.weights.keys():
             raise bad("target_features", f"of the layers {sorted(self._encoder.weights)}", f"of {sorted(kept)}")
         for layer, features in kept.items():
-            check_rows(f"target_features[{layer!r}]", check_floating(f"target_features[{layer!r}]", features), latents)
+            name = f"target_features[{layer!r}]"
+            check_rows(name, check_floating(name, features), latents)
+            if features.dtype != dtype:
+                raise bad(name, f"in the dtype that the encoder computes in, {dtype}", features.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
         """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""

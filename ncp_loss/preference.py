@@ -44,7 +44,8 @@ def ncp_dpo_loss(
         timesteps: 0-dim or (2B,).
         encoder_hidden_states: the text condition, (2B, L, D).
         ref_pred: the reference model's prediction, (2B, C, H, W); or else
-        ref_error: its error, computed earlier at the same noise and timesteps, (2B,).
+        ref_error: its error, (2B,), computed earlier by ``ncp.errors(..., pairs=True)`` at the same noise, timesteps
+            and draws: the same ``variance_noise``, or a ``generator`` in the state it had then, or neither.
         beta: multiplies the margin of mean errors, once. The errors' scale depends on model, layer and timestep: watch
             ``metrics["rewards/margins"]``, which should reach order one.
         loss_type, label_smoothing, reduction: as in :func:`dpo_loss`.
@@ -67,6 +68,10 @@ def ncp_dpo_loss(
     """
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
+    if ref_error is not None and generator is None and ncp.step == "uniform":
+        raise bad(
+            "ref_error", "None for step='uniform' without a generator, which draws other steps each time", "given"
+        )
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
     error, from_pred = ncp(*inputs, ref_pred=ref_pred, pairs=True, per_sample=True, **options)

@@ -74,8 +74,8 @@ class NoiseSchedule:
             raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
         self.prediction_type = prediction_type
         # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
-        self._alpha = torch.cat([squared.sqrt(), torch.ones(1, dtype=torch.float64)])
-        self._sigma = torch.cat([(1 - squared).sqrt(), torch.zeros(1, dtype=torch.float64)])
+        self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
+        self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
         # What has been moved to a device: alpha and sigma, and the coefficients of a step.
         self._moved: dict[Any, tuple[Tensor, ...]] = {}
 
@@ -84,28 +84,35 @@ class NoiseSchedule:
         """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...): its betas and prediction type.
 
         The betas are accumulated anew in float64: a scheduler's own ``alphas_cumprod`` is float32, and B, a small
-        difference of such numbers, would keep three or four digits of it. None is Stable Diffusion's schedule: 1000
-        steps, ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A flow-matching scheduler gives a
+        difference of such numbers, would keep three or four digits of it. That is taken only where it is not the betas'
+        product (CogVideoX). None is Stable Diffusion's schedule: 1000 steps,
+        ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A flow-matching scheduler gives a
         :class:`FlowSchedule` with its shift.
 
         Raises:
-            TypeError: the scheduler has neither betas nor a shift.
+            TypeError: the scheduler has neither betas nor a shift, or runs from data to noise.
         """
         if scheduler is None:
-            return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square())
+            return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square())
         if isinstance(scheduler, NoiseSchedule):
             return scheduler
         config: Any = getattr(scheduler, "config", None)
-        betas = isinstance(getattr(scheduler, "betas", None), Tensor)
+        betas = getattr(scheduler, "betas", None)
         flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
-        if flows or (not betas and hasattr(config, "shift")):
-            dynamic = getattr(config, "use_dynamic_shifting", False)  # by the image's size, and only in sampling
-            shift = config.flow_shift if flows else 1.0 if dynamic else config.shift
-            return FlowSchedule(shift, config.num_train_timesteps)
-        if not betas:
+        if isinstance(betas, Tensor) and not flows:
+            betas = betas.to("cpu", torch.float64)
+            product = getattr(scheduler, "alphas_cumprod", torch.cumprod(1 - betas, 0)).to("cpu", torch.float64)
+            if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
+                betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
+            return cls(betas, getattr(config, "prediction_type", "epsilon"))
+        given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
+        shift = getattr(config, "flow_shift", None) if flows else given
+        inverted = getattr(config, "invert_sigmas", False)
+        if shift is None or inverted or not hasattr(config, "num_train_timesteps"):
             must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
             raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
-        return cls(scheduler.betas, getattr(config, "prediction_type", "epsilon"))
+        dynamic = getattr(config, "use_dynamic_shifting", False)  # by the image's size, and only in sampling
+        return FlowSchedule(1.0 if dynamic else shift, config.num_train_timesteps)
 
     def __len__(self) -> int:
         return len(self._alpha) - 1
@@ -169,7 +176,7 @@ class NoiseSchedule:
 
     def _at(self, which: int, timesteps: Tensor) -> Tensor:
         """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
-        t = torch.as_tensor(timesteps)
+        t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
         dtype = torch.float32 if t.device.type == "mps" else torch.float64
         return _tables(self, None, t.device, dtype)[which][t.long()]
 
@@ -200,7 +207,7 @@ def _tables(schedule: NoiseSchedule, step: Step | None, device: torch.device, dt
         return schedule._moved[key]
     tables: tuple[Tensor, ...] = (schedule._alpha, schedule._sigma)
     if step is not None:
-        t = torch.arange(len(schedule))
+        t = torch.arange(len(schedule), device="cpu")
         tables = schedule._coefficients(t, schedule.next_timesteps(t, step), step)
     tables = tuple(table.to(device, dtype) for table in tables)
     if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
@@ -247,7 +254,7 @@ class FlowSchedule(NoiseSchedule):
 
     def sigma(self, timesteps: Tensor) -> Tensor:
         """The noise's scale at ``timesteps``, any shape, float64."""
-        t = torch.as_tensor(timesteps)
+        t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
         return t.to(torch.float32 if t.device.type == "mps" else torch.float64) / self.steps
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:

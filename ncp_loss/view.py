@@ -31,8 +31,9 @@ def frozen_view(model: M) -> M:
     ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view has none of them;
     where the reference is to have one, merge it into the weights first (``merge_and_unload``). The view is in eval
     mode, without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning,
-    is copied, so that the view stays where it is while the model trains; freeze first to share. Being a Module, as
-    an attribute of another it would enter that one's state_dict.
+    is copied, so that the view stays where it is while the model trains; freeze first to share. What is shared is one
+    weight: ``view.to(dtype)`` converts it in both. Being a Module, as an attribute of another the view would enter
+    that one's state_dict.
 
     Args:
         model: any diffusers model, or a wrapper around one.
@@ -120,7 +121,7 @@ class Watch:
                 self._links[i] = link._replace(adapted=True)
 
     def __getstate__(self) -> list[_Shared]:
-        return self._shared  # a copy has weights of its own, and no part in the user's adapters
+        return self._shared  # a copy watches the weights it holds; adapters, and what holds them, are not copied for it
 
     def __setstate__(self, state: list[_Shared]) -> None:
         self._links = []

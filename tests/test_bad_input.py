@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler, KarrasVeScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler
 from models import batch, sdxl
 from torch import Tensor, nn
 from users import small
@@ -270,6 +271,22 @@ ROWS += [
         "prediction_type must be one of 'epsilon', 'sample', 'v_pred",
     ),
     Bad("terminal", lambda: NoiseSchedule([0.1, 1.0]), "prediction_type must be 'v_prediction' or 'sample'"),
+    Bad(
+        "flow from data to noise",
+        lambda: NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
+        "schedule must be a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None",
+        TypeError,
+    ),
+    *(
+        Bad(
+            name,
+            lambda name=name: NoiseSchedule.from_scheduler(getattr(diffusers, name)()),
+            "schedule must be a NoiseSchedule, a diffusers scheduler that has",
+            TypeError,
+        )
+        for name in ("HeliosScheduler", "MiniMaxH3Scheduler")
+        if hasattr(diffusers, name)
+    ),
 ]
 
 
@@ -294,8 +311,29 @@ def kept(loss: NCP, features: Any) -> Any:
     return loss.errors(**batch(unet(), **SIZE), target_features=features)
 
 
+def drawn(**given: Any) -> Any:
+    loss, arguments = NCP(unet(), step="uniform"), batch(unet(), pairs=True, **SIZE)
+    del arguments["ref_pred"]
+    return ncp_dpo_loss(loss, **arguments, ref_error=torch.ones(4), **given)
+
+
 KEPT = {"down_blocks": torch.zeros(2, 16, 4, 4)}
 ROWS += [
+    Bad("kept error, drawn steps", drawn, "ref_error must be None for step='uniform' without a generator"),
+    Bad(
+        "kept: drawn noise",
+        lambda: ncp().errors(
+            **changed(batch(unet(), **SIZE), {"variance_noise": None}),
+            target_features=KEPT,
+            generator=torch.Generator(),
+        ),
+        "target_features must be None where variance_noise is drawn from a generator",
+    ),
+    Bad(
+        "kept: dtype",
+        lambda: kept(ncp(), {"down_blocks": torch.zeros(2, 16, 4, 4).bfloat16()}),
+        "target_features['down_blocks'] must be in the dtype that the encoder computes in, torch.float32; it was tor",
+    ),
     Bad("kept: central", lambda: kept(NCP(unet(), difference="central"), KEPT), "target_features must be None unless"),
     Bad("kept: uniform", lambda: kept(NCP(unet(), step="uniform"), KEPT), "target_features must be None unless"),
     Bad("kept: layers", lambda: kept(ncp(), {}), "target_features must be of the layers ['down_blocks']; it was of []"),

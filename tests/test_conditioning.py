@@ -360,3 +360,45 @@ def test_residuals_carry_no_gradient_out_of_the_encoder() -> None:
     error, _ = NCP(case.unet, "up_blocks.0").errors(**batch(case.unet), **case.kwargs)
     assert residual.requires_grad
     assert torch.autograd.grad(error.sum(), residual, allow_unused=True) == (None,)
+
+
+def test_what_the_trainer_gives_in_float32_reaches_a_model_in_bfloat16_in_float32() -> None:
+    """A class label of 251.0 would be another class in bfloat16's eight bits, and rotary tables other positions."""
+    unet = sd15(class_embed_type="timestep", dtype=torch.float32).to(torch.bfloat16)
+    given = batch(unet)
+    x, t, text = (given[name] for name in AT)
+    labels, kept = torch.tensor([251.0, 333.0]), list[Tensor]()
+    handle = unet.down_blocks[-1].register_forward_hook(lambda _, args, out: kept.append(hidden(out)))
+    unet(x, t, text, class_labels=labels)
+    handle.remove()
+    assert torch.equal(NCP(unet).features(x, t, text, class_labels=labels)["down_blocks"], kept[0])
+
+
+def test_copies_in_another_dtype_take_conditioning_in_theirs() -> None:
+    unet = sd15(class_embed_type="projection", projection_class_embeddings_input_dim=6, dtype=torch.float32)
+    given = batch(unet.requires_grad_(True)) | {"class_labels": normal(ROWS, 6).float()}
+    error, _ = NCP(unet).to(torch.bfloat16).errors(**given)
+    torch.testing.assert_close(error, NCP(unet).errors(**given)[0], rtol=0.1, atol=0)
+
+
+def test_a_call_of_ones_own_may_take_what_the_models_forward_does_not() -> None:
+    """An inpainting model is given the mask and the picture beside the latents, and the text under any name."""
+    unet = sd15(in_channels=9)
+    beside, text, latents = normal(ROWS, 5, 16, 16), normal(ROWS, 3, 12), batch(sd15())
+    del latents["encoder_hidden_states"]
+
+    def call(model: nn.Module, x: Tensor, t: Tensor, beside: Tensor, words: Tensor) -> Any:
+        return model(torch.cat([x, beside], 1), t, words)
+
+    error, _ = NCP(unet, call=call).errors(**latents, beside=beside, words=text)
+    ncp = NCP(unet)
+    back = ncp.schedule.reverse_step(latents["timesteps"], dtype=torch.float64)
+    ends = [
+        ncp.features(
+            torch.cat([back.latents(latents["noisy_latents"], latents[o], latents["variance_noise"]), beside], 1),
+            back.timesteps,
+            text,
+        )["down_blocks"]
+        for o in ("model_pred", "target")
+    ]
+    torch.testing.assert_close(error, (ends[0] - ends[1]).square().flatten(1).mean(1), rtol=1e-9, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from models import LAYOUTS, batch, sd15, sdxl
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,6 +158,18 @@ def test_checkpointing_may_end_inside_a_block(layer):
         error, _ = NoiseConditionedPerceptualLoss(unet, layer, checkpoint=checkpoint).errors(**arguments)
         found.append(torch.autograd.grad(error.sum(), arguments["model_pred"])[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("stops_early", [True, False])
+def test_recomputation_in_backward_keeps_no_features_and_ends_no_pass(stops_early):
+    unet = sd15()
+    arguments = batch(unet, 1)
+    ncp = NoiseConditionedPerceptualLoss(unet, ["down_blocks.0.resnets.0", "down_blocks"], checkpoint=True)
+    with torch.utils.checkpoint.set_checkpoint_early_stop(stops_early):
+        ncp.errors(**arguments)[0].sum().backward()
+    assert not ncp._encoder._pass.kept
+    wanted = NoiseConditionedPerceptualLoss(unet, ["down_blocks.0.resnets.0", "down_blocks"]).errors(**arguments)[0]
+    assert torch.equal(arguments["model_pred"].grad, torch.autograd.grad(wanted.sum(), arguments["model_pred"])[0])
 
 
 def test_checkpointing_changes_no_value_and_no_flag_of_the_users():

@@ -233,3 +233,29 @@ def test_kept_target_features_change_neither_value_nor_gradient_and_save_an_eval
     del arguments["ref_pred"]
     ncp_dpo_loss(ncp, **arguments, target_features=kept, ref_error=ref_error)
     assert calls == [4]  # one evaluation, the model's
+
+
+@pytest.mark.parametrize("difference", ["literal", "scaled", "central", "tangent"])
+def test_a_second_derivative_is_refused_not_zero(difference):
+    """The graph carries first derivatives: what they were made of is not in it."""
+    arguments = batch(UNET, 1, height=4, width=4)
+    convolutions = NoiseConditionedPerceptualLoss(UNET, "down_blocks.0.resnets.0", difference=difference)
+    error, _ = convolutions.errors(**arguments)
+    slope = torch.autograd.grad(error.sum(), arguments["model_pred"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+def test_a_layer_that_is_silent_adds_nothing_to_a_normalized_error():
+    unet = sd15(**TINY)
+    with torch.no_grad():
+        for parameter in unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_out.parameters():
+            parameter.zero_()
+    silent = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    arguments = batch(unet, 2, height=4, width=4)
+    both, one = (
+        NoiseConditionedPerceptualLoss(unet, layers, normalize=True).errors(**arguments)[0]
+        for layers in (["down_blocks", silent], ["down_blocks"])
+    )
+    torch.testing.assert_close(both, one, rtol=1e-12, atol=0)
+    assert torch.isfinite(gradient(both, arguments["model_pred"])).all()

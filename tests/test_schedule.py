@@ -141,3 +141,25 @@ def test_the_tables_are_moved_once_per_device():
     first = dict(schedule._moved)
     schedule.reverse_step(t)
     assert {k: id(v) for k, v in schedule._moved.items()} == {k: id(v) for k, v in first.items()}
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_a_schedule_that_is_not_of_its_betas_is_taken_as_the_scheduler_has_it(name):
+    """These shift the signal-to-noise ratio and rescale it to zero after the betas."""
+    scheduler = getattr(diffusers, name)(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    alpha = NoiseSchedule.from_scheduler(scheduler).alpha(torch.arange(1000))
+    torch.testing.assert_close(alpha, scheduler.alphas_cumprod.double().sqrt(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_flows_shift_is_the_one_that_was_set_last():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_shift(3.0)
+    assert NoiseSchedule.from_scheduler(scheduler).shift == 3.0
+
+
+@pytest.mark.parametrize("step", [1, "clean", "uniform"])
+def test_a_schedule_lives_on_the_host_whatever_the_default_device(step):
+    with torch.device("meta"):
+        schedules = [NoiseSchedule(BETAS), NoiseSchedule.from_scheduler(None)]
+        steps = [schedule.reverse_step(torch.tensor([1, 500], device="cpu"), step) for schedule in schedules]
+    assert all(x.device.type == "cpu" for back in steps for x in back)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from families import FAMILIES, Family, family_batch, flow, transformer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -219,6 +220,26 @@ def test_streams_of_one_shape_are_refused_by_name() -> None:
     given["encoder_hidden_states"] = torch.randn(2, 16, 16, dtype=torch.float64)  # as many words as image tokens
     with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor shaped like the hidden"):
         loss(family, transformer(family), family.layers[0]).errors(**given)
+
+
+def test_a_model_that_keeps_some_weights_in_float32_computes_in_the_dtype_of_the_others(tmp_path: Path) -> None:
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    torch.manual_seed(0)
+    WanTransformer3DModel(**config, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32).save_pretrained(
+        tmp_path
+    )
+    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).requires_grad_(False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+
+    x, target, noise = torch.randn(3, 2, 4, 1, 8, 8)
+    text = torch.randn(2, 5, 16)
+    given = {"target": target, "noisy_latents": x, "model_pred": target + 0.1 * noise, "encoder_hidden_states": text}
+    half = {name: value.bfloat16() for name, value in given.items()}
+    error, wanted = (
+        NCP(unet, "blocks.0", schedule=flow()).errors(**batch, timesteps=torch.tensor([300.0, 800.0]))[0]
+        for unet, batch in ((model, half), (copy.deepcopy(model).double(), {k: v.double() for k, v in half.items()}))
+    )
+    torch.testing.assert_close(error.double(), wanted, rtol=0.05, atol=0)
 
 
 def test_flow_schedules_are_read_from_every_kind_of_flow_scheduler() -> None:
