@@ -28,7 +28,8 @@ from ncp_loss import sft_loss
 
 def main() -> None:
     """Load, add adapters, train, save."""
-    defaults = {"resolution": 512, "learning_rate": 1e-4, "layer": "down_blocks"}
+    # Without a beta before it, the gradient at the paper's own scale is smaller than AdamW's epsilon.
+    defaults = {"resolution": 512, "learning_rate": 1e-4, "layer": "down_blocks", "weighting": "noise"}
     parser = new_parser(__doc__, pairs=False, output_dir="ncp-sft-lora", **defaults)
     args, images = parse(parser, "unet", "text_encoder", pairs=False)
     accelerator = new_accelerator(args)
