@@ -48,9 +48,10 @@ class _Tap:
         self.layer, self.forward = layer, forward
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self.forward.runs:  # a checkpoint recomputes the layer in backward
-            return
         kept, wanted = self.forward.kept, self.forward.wanted
+        # A checkpoint runs the layer again in backward, and a model may use one twice: its first output counts.
+        if not self.forward.runs or self.layer in kept:
+            return
         features = self._image_stream(args, kwargs, output)
         # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
         kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features

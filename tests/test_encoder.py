@@ -160,6 +160,14 @@ def test_checkpointing_may_end_inside_a_block(layer):
     assert torch.equal(*found)
 
 
+def test_a_layer_that_runs_several_times_gives_its_first_output_whatever_is_asked_beside_it():
+    unet = sd15()
+    args, extra = inputs(unet)
+    layer = "down_blocks.0.resnets.0.nonlinearity"
+    alone, beside = (NoiseConditionedPerceptualLoss(unet, which) for which in (layer, [layer, "mid_block"]))
+    assert torch.equal(alone.features(*args, **extra)[layer], beside.features(*args, **extra)[layer])
+
+
 @pytest.mark.parametrize("stops_early", [True, False])
 def test_recomputation_in_backward_keeps_no_features_and_ends_no_pass(stops_early):
     unet = sd15()
