@@ -39,19 +39,31 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas as MathML, which browsers set by themselves; names of tests in small print; pictures that open whole."""
     content = PICTURE.sub(r'<a href="\2">\1</a>', content)
-    content = TEST.sub(lambda m: f'<small class="proof">{m[1].replace("_", "_<wbr>")}</small>', content)
-    return FORMULA.sub(lambda m: _mathml(html.unescape(m[2]).strip(), "block" if m[1] == "div" else "inline"), content)
+    content = TEST.sub(
+        lambda m: f'<small class="proof">{m[1].replace("_", "_<wbr>")}</small>', content
+    )
+    return FORMULA.sub(
+        lambda m: _mathml(
+            html.unescape(m[2]).strip(), "block" if m[1] == "div" else "inline"
+        ),
+        content,
+    )
 
 
 def _mathml(formula: str, display: str) -> str:
     """A prime stands high in its own glyph; set as an exponent it is raised twice where no mathematical font is."""
-    return PRIMED.sub(r'<mi class="primed">\1&#x2032;</mi>', convert(formula, display=display))
+    return PRIMED.sub(
+        r'<mi class="primed">\1&#x2032;</mi>', convert(formula, display=display)
+    )
 
 
 class Docstrings(Extension):
     """Doctests become an Examples section, and Sphinx roles become links."""
 
-    LOSS, METHODS = "NoiseConditionedPerceptualLoss", ("forward", "errors", "features", "target_features")
+    LOSS, METHODS = (
+        "NoiseConditionedPerceptualLoss",
+        ("forward", "errors", "features", "target_features"),
+    )
 
     def on_function(self, *, func: Function, **_: Any) -> None:
         self._rewrite(func)
@@ -65,12 +77,16 @@ class Docstrings(Extension):
         text, prompt, doctest = of.docstring.value.partition("\n>>> ")
         text = re.sub(r":(?:class|func|meth):`([\w.]+)`", lambda m: self._link(m[1]), text)
         if prompt:
-            example = "\n".join(f"    {line}" for line in f">>> {doctest}".rstrip().splitlines())
+            example = "\n".join(
+                f"    {line}" for line in f">>> {doctest}".rstrip().splitlines()
+            )
             text = f"{text.rstrip()}\n\nExamples:\n{example}\n"
         of.docstring.value = text
 
     def _link(self, name: str) -> str:
         """A link to what the API page shows; the bare name of anything else."""
         full = f"ncp_loss.{f'{self.LOSS}.{name}' if name in self.METHODS else name}"
-        shown = re.search(rf"^::: {'.'.join(full.split('.')[:2])}$", API.read_text(), re.MULTILINE)
+        shown = re.search(
+            rf"^::: {'.'.join(full.split('.')[:2])}$", API.read_text(), re.MULTILINE
+        )
         return f"[`{name}`][{full}]" if shown else f"`{name}`"

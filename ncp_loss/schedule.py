@@ -100,10 +100,11 @@ class NoiseSchedule:
         betas = getattr(scheduler, "betas", None)
         flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
         if isinstance(betas, Tensor) and not flows:
-            betas = betas.to("cpu", torch.float64)
-            product = getattr(scheduler, "alphas_cumprod", torch.cumprod(1 - betas, 0)).to("cpu", torch.float64)
-            if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
-                betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
+            betas, product = betas.to("cpu", torch.float64), getattr(scheduler, "alphas_cumprod", None)
+            if isinstance(product, Tensor) and not product.is_meta:  # add_noise moves it to where the samples are
+                product = product.to("cpu", torch.float64)
+                if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
+                    betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
             return cls(betas, getattr(config, "prediction_type", "epsilon"))
         given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
         shift = getattr(config, "flow_shift", None) if flows else given

@@ -82,6 +82,12 @@ def test_only_recipes_hold_fragments():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_code_fits_the_column_that_the_site_gives_it(page):
+    lines = [line for block in python_blocks(page) for line in block.code.splitlines()]
+    assert not [line for line in lines if len(line) > 92 and not line.lstrip().startswith("# was: ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_relative_link_and_picture_exists(page):
     for target in LINK.findall(prose(page)):
         if not re.match(r"[a-z]+:", target):

@@ -157,6 +157,14 @@ def test_a_flows_shift_is_the_one_that_was_set_last():
     assert NoiseSchedule.from_scheduler(scheduler).shift == 3.0
 
 
+def test_a_schedule_is_read_from_a_scheduler_that_has_noised_samples_without_values():
+    scheduler = diffusers.DDPMScheduler(**SD)
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    scheduler.add_noise(x, x, torch.zeros(2, dtype=torch.int64, device="meta"))
+    fresh = NoiseSchedule.from_scheduler(diffusers.DDPMScheduler(**SD))
+    assert torch.equal(NoiseSchedule.from_scheduler(scheduler)._alpha, fresh._alpha)
+
+
 @pytest.mark.parametrize("step", [1, "clean", "uniform"])
 def test_a_schedule_lives_on_the_host_whatever_the_default_device(step):
     with torch.device("meta"):
