@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,11 +34,10 @@ class LastLayerReached(Exception):  # not an error: it ends a forward pass whose
 
 @dataclass
 class _Pass:
-    """One forward pass of the view: what has been kept of it, and whether it runs now."""
+    """The view's forward pass: how many layers are wanted of it, and those kept so far; None while it does not run."""
 
     wanted: int
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    runs: bool = False
+    kept: dict[str, Tensor] | None = None
 
 
 class _Tap:
@@ -50,7 +49,7 @@ class _Tap:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         kept, wanted = self.forward.kept, self.forward.wanted
         # A checkpoint runs the layer again in backward, and a model may use one twice: its first output counts.
-        if not self.forward.runs or self.layer in kept:
+        if kept is None or self.layer in kept:
             return
         features = self._image_stream(args, kwargs, output)
         # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
@@ -140,15 +139,15 @@ class FrozenEncoder:
         dtype = None if _autocast_dtype(latents.device) else self.dtype
         conditioning = {k: _prepared(v, batch, copies, dtype, given, k) for k, v in model_kwargs.items()}
         latents = latents if dtype is None else latents.to(dtype)
-        forward, self._pass.runs = self._pass, True
+        self._pass.kept = kept = dict[str, Tensor]()
         try:
             with contextlib.suppress(LastLayerReached):
                 self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
         finally:
-            found, forward.kept, forward.runs = forward.kept, {}, False
-        if missing := self.weights.keys() - found.keys():
+            self._pass.kept = None
+        if missing := self.weights.keys() - kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
-        return {layer: found[layer] for layer in self.weights}
+        return {layer: kept[layer] for layer in self.weights}
 
     @property
     def dtype(self) -> torch.dtype:
