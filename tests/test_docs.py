@@ -83,11 +83,13 @@ def memory_rows() -> list[str]:
 def performance_figures() -> list[str]:
     throughput, memory, kernels = result("throughput"), result("memory"), result("kernels")
     real = result("throughput-sd15")
+    backward, forward = (row["share"] for row in throughput["profile"][:2])  # of attention
     checkpointed = next(r for r in memory["steps"] if "checkpoint" in r["step"])
     return [
         f"Medians of {throughput['settings']['rounds']} interleaved rounds",
         f"medians of {real['settings']['rounds']} rounds",
         f"at SD 1.5's size {real['step over its parts']['time']:.2f} times",
+        f"its backward pass takes\n  {backward / forward:.1f} times its forward's time",
         f"takes {throughput['step over its parts']['time']:.2f} times the sum of its parts",
         f"alone are {memory['encoder activations, MB']:.1f} MB",
         "{:.0%} of that remains".format(checkpointed["over ncp_loss's"]),
