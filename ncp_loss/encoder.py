@@ -139,7 +139,8 @@ class FrozenEncoder:
         dtype = None if _autocast_dtype(latents.device) else self.dtype
         conditioning = {k: _prepared(v, batch, copies, dtype, given, k) for k, v in model_kwargs.items()}
         latents = latents if dtype is None else latents.to(dtype)
-        self._pass.kept = kept = dict[str, Tensor]()
+        kept: dict[str, Tensor] = {}
+        self._pass.kept = kept
         try:
             with contextlib.suppress(LastLayerReached):
                 self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
