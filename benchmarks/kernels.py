@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel compiles to nothing
-
 import torch
 import triton
 from torch import Tensor
@@ -39,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if "TRITON_INTERPRET" in os.environ:  # Triton reads it when it is imported; what it interprets, it cannot compile
+        raise SystemExit(f"TRITON_INTERPRET must be unset to compile; it was {os.environ['TRITON_INTERPRET']!r}")
     shape = (2, 8, 4, 4) if args.tiny else tuple(args.shape)
     compiled = [
         {"kernel": kernel.__name__, "GPU": ARCHITECTURES[sm], "dtype": dtype} | compiled_to(kernel, dtype, sm)

@@ -19,16 +19,17 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def ran(name: str, out: Path) -> dict:
+def started(name: str, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A benchmark as a user starts it: kernels are not interpreted, as they are in the tests' own process."""
+    theirs = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", name, "--tiny", "--out", str(out), *arguments]
+    env = theirs | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def ran(name: str, out: Path, *arguments: str, **environment: str) -> dict:
     """The record of a benchmark at its smallest size, with its table and its figure beside it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", name, "--tiny", "--out", str(out)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = started(name, out, *arguments, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list(csv.DictReader((out / f"{name}.csv").open()))) > 1
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -61,9 +62,15 @@ def test_committed_results_name_machine_versions_and_command():
 
 
 def test_compiled_kernels_spill_nothing_touch_no_local_memory_and_load_sixteen_bytes_at_a_time(tmp_path):
-    compiled = ran("kernels", tmp_path)["compiled"]
+    compiled = ran("kernels", tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cold"))["compiled"]  # nothing was kept
     assert {row["GPU"] for row in compiled} == {"A100", "H100", "B200"}
     for row in compiled:
         assert (row["stack bytes"], row["local bytes"], row["local accesses"]) == (0, 0, 0), row
         assert row["widest load, bits"] == 128, row
         assert row["registers"] <= 64, row
+
+
+def test_interpreted_kernels_are_refused_in_one_line_where_they_would_be_compiled(tmp_path):
+    done = started("kernels", tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stderr == "TRITON_INTERPRET must be unset to compile; it was '1'\n"
