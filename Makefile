@@ -6,13 +6,17 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check lint types docs build release-check clean
+.PHONY: demo test test-quick check lint types docs build release-check clean
 
 demo: .venv/demo
 	$(BIN)/python -m examples.demo --out demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2
+
+# All but what trains, compiles for other machines or starts many processes: for those who work on the core.
+test-quick: .venv/dev
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 check: lint types docs build
 

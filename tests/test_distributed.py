@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,21 @@ Numbers = dict[str, np.ndarray]  # tensors, as they travel between processes
 Run = Callable[..., list[Numbers]]
 
 
-def join(rank: int, port: int) -> None:
+def join(rank: int, store: Path) -> None:
+    """The processes meet in a file: a port that is free now may be another's by the time they listen on it."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "ACCELERATE_USE_CPU": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # accelerate asks for it, and uses the group that is there
+    meet = {"init_method": f"file://{store}", "rank": rank, "world_size": PROCESSES}
+    dist.init_process_group("gloo", **meet, timeout=timedelta(minutes=10))
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Calls a function in two processes that stay, and gives what each returned."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = tmp_path_factory.mktemp("gloo") / "store"
     spawn = multiprocessing.get_context("spawn")
-    pools = [ProcessPoolExecutor(1, spawn, join, (rank, port)) for rank in range(PROCESSES)]
+    pools = [ProcessPoolExecutor(1, spawn, join, (rank, store)) for rank in range(PROCESSES)]
 
     def run(function: Callable[..., Numbers], *args: Any) -> list[Numbers]:
         futures = [pool.submit(function, *args) for pool in pools]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import diffusers
 import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncp_loss import NoiseSchedule
 
@@ -134,13 +138,32 @@ def test_coefficients_are_right_to_float32s_last_digits_in_float32():
     torch.testing.assert_close(coarse.B.double(), fine.B, rtol=1.2e-7, atol=0)
 
 
-def test_the_tables_are_moved_once_per_device():
+class Moved(TorchDispatchMode):
+    """How many tensors went from the host to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" != out.device.type:
+            self.count += 1
+        return out
+
+
+def moved(step: Callable[[], Any]) -> int:
+    with Moved() as mode:
+        step()
+    return mode.count
+
+
+def test_the_tables_are_moved_once_per_device_and_dtype():
     schedule = NoiseSchedule(BETAS)
     t = torch.zeros(2, dtype=torch.int64, device="meta")
-    schedule.reverse_step(t)
-    first = dict(schedule._moved)
-    schedule.reverse_step(t)
-    assert {k: id(v) for k, v in schedule._moved.items()} == {k: id(v) for k, v in first.items()}
+    assert moved(lambda: schedule.reverse_step(t)) == 3  # A, B and s
+    assert moved(lambda: schedule.reverse_step(t)) == 0
+    assert moved(lambda: schedule.alpha(t)) == 2  # alpha and sigma, in float64
+    assert moved(lambda: schedule.sigma(t)) == 0
+    assert moved(lambda: schedule.reverse_step(t, dtype=torch.float64)) == 3
 
 
 @pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
