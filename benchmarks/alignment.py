@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     kept = report.Kept(args.out / "alignment.partial.json", args.resume)
     args.space = "perceptual"
     if args.tiny:
-        args.seeds, args.steps, args.batch, args.pairs, args.held_out = 1, 2, 2, 20, 20
+        args.seeds, args.steps, args.batch, args.pairs, args.held_out = 1, 1, 2, 10, 10
     judge, rows = Judge(), list[dict[str, Any]]()
     final = defaultdict(list)
     for seed in range(args.seed, args.seed + args.seeds):

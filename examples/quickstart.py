@@ -17,6 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200, help="pairs sampled")
     parser.add_argument("--steps", type=int, default=80, help="training steps")
+    parser.add_argument("--held-out", type=int, default=100, help="samples judged before and after")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -36,8 +37,8 @@ def main() -> None:
     reference = frozen_view(unet)
     ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=scheduler)
 
-    held_out = torch.arange(100) % CLASSES
-    held_out_noise = seeded_noise(range(1_000_000, 1_000_100))
+    held_out = torch.arange(args.held_out) % CLASSES
+    held_out_noise = seeded_noise(range(1_000_000, 1_000_000 + args.held_out))
     before = judge(sample(unet, held_out, held_out_noise), held_out)[0].mean()
 
     # 3. The loop. Winners first, then their losers; one noise and one timestep for both members of a pair.

@@ -36,6 +36,7 @@ def ran(name: str, out: Path, *arguments: str, **environment: str) -> dict:
     return json.loads((out / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "kernels"])
 def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
     assert {"command", "machine", "versions"} <= set(ran(name, tmp_path))
@@ -61,6 +62,7 @@ def test_committed_results_name_machine_versions_and_command():
         assert {"torch", "diffusers", "ncp_loss"} <= set(record["versions"])
 
 
+@pytest.mark.slow
 def test_compiled_kernels_spill_nothing_touch_no_local_memory_and_load_sixteen_bytes_at_a_time(tmp_path):
     compiled = ran("kernels", tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cold"))["compiled"]  # nothing was kept
     assert {row["GPU"] for row in compiled} == {"A100", "H100", "B200"}
@@ -70,6 +72,7 @@ def test_compiled_kernels_spill_nothing_touch_no_local_memory_and_load_sixteen_b
         assert row["registers"] <= 64, row
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_are_refused_in_one_line_where_they_would_be_compiled(tmp_path):
     done = started("kernels", tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 1

@@ -15,11 +15,11 @@ TESTS = Path(__file__).parent
 PROGRAM = """
 import json, os
 import torch
-from users import batch, small
+from models import batch, sd15
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 
 assert "TRITON_INTERPRET" not in os.environ
-unet = small()
+unet = sd15()
 arguments = batch(unet)
 
 def found(**options):

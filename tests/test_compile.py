@@ -76,6 +76,7 @@ def loss(unet: nn.Module, options: dict[str, Any], **others: Any) -> NCP:
     return NCP(add_lora(unet), **{"difference": "scaled"} | options | named | others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*CASES[:3], *CASES[-2:]], ids=of_case)
 def test_the_loss_compiles_into_one_graph_with_the_value_and_gradient_of_eager(options: dict[str, Any]) -> None:
     unet = small()
@@ -85,6 +86,7 @@ def test_the_loss_compiles_into_one_graph_with_the_value_and_gradient_of_eager(o
     assert_agree(value_and_gradient(whole, arguments), value_and_gradient(ncp, arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_estimator_chosen_for_a_dtype_is_chosen_under_the_compiler_too(dtype: torch.dtype) -> None:
     unet = small(dtype)
@@ -100,6 +102,7 @@ def times_of(arguments: dict[str, Any], first: float) -> dict[str, Any]:
     return arguments | {"timesteps": t}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CASES, ids=of_case)
 def test_timesteps_compile_nothing_anew_not_even_after_the_first_call(options: dict[str, Any]) -> None:
     unet, backend = small(torch.float32), Backend()
@@ -111,6 +114,7 @@ def test_timesteps_compile_nothing_anew_not_even_after_the_first_call(options: d
     assert backend.compilations == 1
 
 
+@pytest.mark.slow
 def test_each_batch_shape_is_compiled_at_most_once() -> None:
     unet, backend = small(torch.float32), Backend()
     ncp = torch.compile(loss(unet, {}, layer=LAYER), fullgraph=True, dynamic=False, backend=backend)
@@ -123,6 +127,7 @@ def test_each_batch_shape_is_compiled_at_most_once() -> None:
     assert backend.compilations == len(shapes)
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_batch_size_that_is_marked_dynamic() -> None:
     unet, backend = small(), Backend()
     ncp = loss(unet, {}, layer=LAYER)
@@ -136,6 +141,7 @@ def test_one_graph_serves_every_batch_size_that_is_marked_dynamic() -> None:
     assert backend.compilations == 1
 
 
+@pytest.mark.slow
 def test_losses_of_one_model_compiled_side_by_side_keep_their_own_schedules_and_options() -> None:
     unet = small()
     arguments = of_the_model(batch(unet))
@@ -145,6 +151,7 @@ def test_losses_of_one_model_compiled_side_by_side_keep_their_own_schedules_and_
         assert_agree(value_and_gradient(whole, arguments), value_and_gradient(ncp, arguments))
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_is_what_the_preference_losses_run() -> None:
     unet, backend = small(), Backend()
     arguments = batch(unet, pairs=True)
@@ -155,6 +162,7 @@ def test_a_compiled_loss_is_what_the_preference_losses_run() -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_a_preference_loss_compiles_whole_with_its_metrics() -> None:
     unet, backend = small(), Backend()
     arguments = batch(unet, pairs=True)
@@ -168,6 +176,7 @@ def test_a_preference_loss_compiles_whole_with_its_metrics() -> None:
     assert backend.compilations == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [add_lora, full])
 def test_a_compiled_model_and_a_compiled_loss_train_as_eager_ones_do(build: Build) -> None:
     def gradients(compiled: bool) -> list[Tensor]:
@@ -217,6 +226,7 @@ class Whole(nn.Module):
         return out.loss, out.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*CASES[:5], CASES[-1]], ids=of_case)
 def test_an_exported_loss_gives_the_same_values_at_other_timesteps(options: dict[str, Any]) -> None:
     unet = small()

@@ -25,6 +25,7 @@ from users import AT, Build, add_lora, attention_only, batch, full, peft_lora, s
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import frozen_view, ncp_dpo_loss
 
+pytestmark = pytest.mark.slow
 PROCESSES = 2
 Numbers = dict[str, np.ndarray]  # tensors, as they travel between processes
 Run = Callable[..., list[Numbers]]

@@ -61,6 +61,7 @@ def readers_loop() -> dict[str, object]:
     return {"torch": torch, "unet": unet, "noise_scheduler": scheduler, "ncp": ncp, **batch(unet)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=name)
 def test_every_python_block_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):

@@ -224,6 +224,7 @@ def test_random_draws_are_shared_by_the_members_of_a_pair():
         assert not torch.allclose(drawn[:2], drawn[2:], rtol=1e-6)  # without pairs, each row draws its own
 
 
+@pytest.mark.slow
 def test_the_whole_loss_passes_gradcheck():
     unet = LAYOUTS["sd15"](block_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4)  # fmt: skip

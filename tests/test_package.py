@@ -10,6 +10,8 @@ import sys
 import tokenize
 from pathlib import Path
 
+import pytest
+
 import ncp_loss
 
 PACKAGE = Path(ncp_loss.__file__).parent
@@ -25,6 +27,7 @@ print(json.dumps([(time.process_time() - middle) / (middle - start), sorted(set(
 """
 
 
+@pytest.mark.slow
 def test_importing_adds_little_to_importing_torch_and_brings_no_heavy_module():
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True, text=True).stdout)

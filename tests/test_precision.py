@@ -67,6 +67,7 @@ def measured(unet, dtype, difference, t, error, seed, layer="down_blocks") -> tu
     return ratio_and_cosine(error_and_gradient(half, arguments, difference, layer), truth)
 
 
+@pytest.mark.slow
 @settings(max_examples=16)
 @given(
     make=st.sampled_from([sd15, sdxl]),
@@ -82,6 +83,7 @@ def test_auto_is_right_in_half_precision(make, seed, dtype, t, error):
     assert abs(ratio - 1) <= (0.06 if dtype == BF16 else 0.03)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     make=st.sampled_from([sd15, sdxl]),
@@ -117,6 +119,7 @@ def test_the_published_definition_is_rounding_noise_in_bf16_where_auto_is_not():
     assert auto[1] > 0.985
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("difference", ["scaled", "central", "tangent", "auto"])
 def test_value_and_gradient_are_continuous_through_zero_error(difference, name):

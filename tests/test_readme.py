@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 from models import batch, sd15
@@ -12,6 +13,7 @@ from models import batch, sd15
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_every_snippet_of_the_readme_runs_as_it_stands(capsys):
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(snippets) == 4

@@ -28,6 +28,7 @@ from pipelines import digit, save_pairs, save_sd, save_sd3, save_sdxl
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as when a script in it is run
@@ -158,16 +159,14 @@ def test_a_run_killed_while_it_saves_and_then_resumed_reaches_the_same_bits(made
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_the_sdxl_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, tmp_path):
-    done = launch("train_dpo_lora_sdxl", made.sdxl, tmp_path, "--train_data_dir", made.pairs, "--random_crop")
-    assert done.returncode == 0, done.stderr
+def test_the_sdxl_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, call, tmp_path):
+    call("train_dpo_lora_sdxl", made.sdxl, tmp_path, "--train_data_dir", made.pairs, "--random_crop")
     assert logged(tmp_path)["rewards/margins"][0] == 0.0  # adapters start as nothing: the model is the reference
     check_lora(StableDiffusionXLPipeline, made.sdxl, tmp_path, {"add_watermarker": False})
 
 
-def test_the_sd3_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, tmp_path):
-    done = launch("train_dpo_lora_sd3", made.sd3, tmp_path, "--train_data_dir", made.pairs, "--max_sequence_length", 16)
-    assert done.returncode == 0, done.stderr
+def test_the_sd3_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, call, tmp_path):
+    call("train_dpo_lora_sd3", made.sd3, tmp_path, "--train_data_dir", made.pairs, "--max_sequence_length", 16)
     assert logged(tmp_path)["rewards/margins"][0] == 0.0
     check_lora(StableDiffusion3Pipeline, made.sd3, tmp_path, max_sequence_length=16)
 
@@ -179,10 +178,9 @@ def test_the_sd3_script_trains_without_the_third_text_encoder_on_a_reference_ask
     assert logged(tmp_path / "out")["rewards/margins"][0] == pytest.approx(0.0, abs=0.01)
 
 
-def test_the_full_script_saves_a_pipeline_with_the_averaged_weights(made, tmp_path):
+def test_the_full_script_saves_a_pipeline_with_the_averaged_weights(made, call, tmp_path):
     data = ["--train_data_dir", made.pairs, "--learning_rate", 1e-3, "--checkpointing_steps", 1]
-    done = launch("train_dpo_full_sd", made.sd, tmp_path, *data, "--use_ema")
-    assert done.returncode == 0, done.stderr
+    call("train_dpo_full_sd", made.sd, tmp_path, *data, "--use_ema")
     assert np.isfinite(sample(StableDiffusionPipeline.from_pretrained(tmp_path))).all()
     first, last = (load_file(tmp_path / f"checkpoint-{i}" / "model.safetensors") for i in (1, 2))
     saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
@@ -205,12 +203,11 @@ def test_a_full_run_resumes_with_its_average_and_its_reference_and_reaches_the_s
     assert logged(tmp_path / "whole")["ref_loss"][-1] == logged(tmp_path / "resumed")["ref_loss"][-1]
 
 
-def test_the_sft_script_learns_from_winners_alone(made, tmp_path):
+def test_the_sft_script_learns_from_winners_alone(made, call, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(made.pairs / "chosen", images)
     shutil.copy(made.pairs / "metadata.jsonl", images)
-    done = launch("train_sft_lora", made.sd, tmp_path / "out", "--train_data_dir", images)
-    assert done.returncode == 0, done.stderr
+    call("train_sft_lora", made.sd, tmp_path / "out", "--train_data_dir", images)
     assert logged(tmp_path / "out").keys() == {"loss", "raw_model_loss", "lr"}
     check_lora(StableDiffusionPipeline, made.sd, tmp_path / "out")
 
