@@ -62,7 +62,7 @@ class Docstrings(Extension):
 
     LOSS, METHODS = (
         "NoiseConditionedPerceptualLoss",
-        ("forward", "errors", "features", "target_features"),
+        ("forward", "errors", "features"),
     )
 
     def on_function(self, *, func: Function, **_: Any) -> None:

@@ -23,6 +23,12 @@ def check_positive(name: str, value: float) -> None:
         raise bad(name, "a positive number", repr(value))
 
 
+def check_count(name: str, value: object, must_be: str, *others: object) -> None:
+    """A positive int, or one of ``others``."""
+    if value not in others and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise bad(name, must_be, repr(value))
+
+
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise bad(name, "a tensor", type(value).__name__, TypeError)

@@ -1,50 +1,45 @@
-"""difference: how far features move when latents do, f(x* + d) - f(x*), where the compute dtype can still see it."""
+"""difference: at which latents to evaluate the encoder, and how features there combine into differences of features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import reduce
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from .schedule import constant_to_compilers, per_sample
 
-Features = dict[str, Tensor]
-Encode = Callable[[Tensor], Features]
-
-DIFFERENCES = ("literal", "scaled", "central", "tangent", "auto")
+DIFFERENCES = ("literal", "scaled", "central", "auto")
 
 
 class Estimator(NamedTuple):
-    """How a difference is taken; ``reach``: how far from their middle the ends stand, in multiples of rms(x*).
+    """How differences are taken in one dtype.
 
-    A longer reach shows curvature, a shorter one rounding. Where it is short, the graph may stand at the plus end;
-    where it must be long, as in bf16, the gradient is worth an evaluation of its own at the definition's end, x* + d.
+    A longer reach shows more of the encoder's curvature, a shorter one more of its rounding. Where a dtype needs a long
+    reach, the gradient is worth an evaluation of its own at ``x* + d``, which is where the definition has it.
     """
 
-    kind: str
-    reach: float = 0.0
-    graph_at_end: bool = True
+    kind: str  # "literal", "scaled" or "central"
+    reach: float = 0.0  # how far from their middle the points stand, in multiples of rms(x*)
+    reach_alone: float = 0.0  # the same without a reference: two points, whose rounding no other two average out
+    graph_at_point: bool = True  # take the gradient at the first point; or else at x* + d
 
 
 def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimator:
-    """The estimator for what the model computes in; the reaches are those that benchmarks/precision.py found best.
+    """The estimator for the dtype that the model computes in; benchmarks/reach.py measures its reaches.
 
-    "auto" is the cheapest that is right: the definition itself in float64, "scaled" in float32, at the same cost and
-    the definition again where that is no shorter, and "central" where rounding is coarser.
+    "auto" is the cheapest one that is right: the definition itself in float64, "scaled" in float32, at the same cost,
+    and "central" where rounding is coarser.
     """
     coarse = dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and _uses_tf32(device))
     if difference == "auto":
         difference = "central" if coarse else "literal" if dtype == torch.float64 else "scaled"
+    if difference == "literal":
+        return Estimator(difference)
     if dtype == torch.bfloat16:
-        return Estimator(difference, reach=0.06, graph_at_end=difference != "central")
-    return Estimator(difference, reach=0.02 if coarse else 0.001)
+        return Estimator(difference, 0.045, 0.06, graph_at_point=difference != "central")
+    return Estimator(difference, *((0.02, 0.02) if coarse else (0.0005, 0.0005)))
 
 
 @constant_to_compilers  # no compiler reads these settings; it keeps what they were when it compiled
@@ -57,140 +52,103 @@ def _uses_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and "tf32" in chosen
 
 
-class FeatureDifference(NamedTuple):
-    """``scale * (plus - minus)`` is the difference of features; kept apart, since the error takes one pass over both.
+class Stencil(NamedTuple):
+    """The points of a finite difference, and the coefficients of their features, one for each point and sample.
 
-    Its derivative runs through ``graph``: features at a point that moves as the displacement does. Whatever estimated
-    the difference, there its cotangent enters the encoder's backward pass, and ``gate`` carries the cotangent's size.
+    With ``f_i`` the features of point i, ``sum_i model_i f_i`` is the model's difference of features,
+    ``f(x* + d) - f(x*)``; ``sum_i gap_i f_i`` is the model's less the reference's; ``sum_i target_i f_i`` is f(x*).
     """
 
-    plus: Features
-    minus: Features | None  # None: 0, where plus is a derivative already
-    scale: Tensor  # (B,), exactly 0 where the displacement is
-    target: Features | None  # at x*; None: half way between plus and minus
-    graph: Features | None = None
-    gate: Tensor | None = None
+    latents: list[Tensor]  # the k points, (B, ...) each
+    model: Tensor  # (k, B)
+    gap: Tensor | None  # (k, B); None without a reference
+    target: Tensor  # (k, B)
+    graph: Tensor  # where the gradient is taken: the first point, or x* + d
 
 
-class Enter(torch.autograd.Function):
-    """The latents, and a gate of ones, (B,): backward multiplies the latents' gradient by the gate's, per sample.
-
-    An encoder in half precision is given a cotangent of order one; what it was divided by, a float32 number for each
-    sample, comes round by way of the gate. So fp16 neither underflows nor overflows, with or without a GradScaler.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-        return latents.view_as(latents), latents.new_ones(len(latents))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, size: Tensor) -> Tensor:
-        return gradient * per_sample(size, gradient)
+# For each number of points, every point's share in the difference along the long direction (v), and along the short one
+# (u). A share's sign is the side of the middle on which the point stands. A side's shares add up to one half.
+_SHARES = {
+    2: ((1 / 2, 0.0), (-1 / 2, 0.0)),
+    3: ((1 / 4, 1 / 2), (1 / 4, -1 / 2), (-1 / 2, 0.0)),
+    4: ((1 / 4, 1 / 4), (1 / 4, -1 / 4), (-1 / 4, 1 / 4), (-1 / 4, -1 / 4)),
+}
 
 
-def feature_differences(
-    encode: Encode,
-    base: Tensor,
-    displacements: Sequence[Tensor],
-    estimator: Estimator,
-    target: Features | None,
-) -> list[FeatureDifference]:
-    r"""Differences of features between ``base + displacement`` and ``base``, for each displacement.
+def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | None, estimator: Estimator) -> Stencil:
+    r"""Where to look, and how to combine what is seen there, for one displacement or for two.
 
-    With d the displacement, m = x* + d/2 the middle, and r chosen per sample so that ``rms(r d) = reach * rms(x*)``,
-    but never shorter than the definition's own:
+    The model's displacement is d, the reference's r, and the gap between them ``d - r``. Where one of the three is
+    much shorter than the others, a difference of these would leave rounding for it. It is therefore measured along
+    itself, as p, together with one long direction q; all three follow from ``u = J p`` and ``v = J q``:
 
-    - "literal": ``f(x* + d) - f(x*)``, the definition;
-    - "scaled": ``(f(x* + r d) - f(x*)) / r``;
-    - "central": ``(f(m + r d) - f(m - r d)) / 2r``, which is the definition at r = 1/2;
-    - "tangent": ``J_f(m) d``, by forward-mode differentiation.
+    ==================  ===========  ===============  ===============  ===============
+    p                   q            of the model     of the gap       middle M
+    ==================  ===========  ===============  ===============  ===============
+    gap (mostly)        d + r        (v + u) / 2      u                x* + q/4
+    d, right model      d - 2 r      u                (u + v) / 2      x* + p/2 - q/4
+    r, right reference  r - 2 d      (u - v) / 2      -(u + v) / 2     x* + p/2 - q/4
+    ==================  ===========  ===============  ===============  ===============
 
-    What needs no graph is one encoder call; one more, with a graph, at an end or at x* + d, gives the gradient.
+    The points stand at ``M +- a q +- b p``. An arm is as long as the dtype needs, ``reach * rms(x*)``, but never
+    shorter than the definition's own, ``a = 1/4`` and ``b = 1/2``.
+
+    - "literal": the first row and the shortest arms, which make the points ``x* + d``, ``x* + r`` and ``x*``;
+    - "scaled": three points, ``M + a q +- b p`` and ``M - a q``; in the first row ``M = x* + a q``, so that the third
+      is x* itself;
+    - "central": all four, about the middle of the definition's points, where errors of second order cancel. Each point
+      serves both differences, which halves their rounding.
+
+    Without a reference there is one displacement and no gap: two points, ``M +- a q`` with ``q = 2 d``.
 
     Args:
-        encode: from latents, one batch or several stacked, to features.
-        base: x*, the latents reached by the true prediction, (B, ...).
-        displacements: d = B (prediction - target), (B, ...) each; the first, the model's, alone carries a gradient.
-        estimator: which of the above.
-        target: f(x*) where it is known already, for the estimators that take it ("literal" and "scaled").
+        base: x*, the latents that the true prediction gives, (B, ...).
+        d: ``B (prediction - target)``, (B, ...).
+        reference: ``B (the reference's prediction - target)``, (B, ...), or None.
+        gap: ``B (prediction - the reference's)``, (B, ...), or None; given, since a difference would lose its digits.
+        estimator: which of the above, and its reaches.
     """
-    displacement, moves = displacements[0], [d.detach() for d in displacements]
-    d = moves[0]
-    trains = torch.is_grad_enabled() and displacement.requires_grad
-    features: dict[int, Features] = {} if target is None else {id(base): target}
-    if estimator.kind == "tangent":
-        results, moving = _tangents(encode, base, moves), base + d
-    else:
-        ends = [_ends(base, move, estimator) for move in moves]
-        moving = ends[0].plus if estimator.graph_at_end else base + d
-        points = {id(x): x for end in ends for x in (end.plus, end.minus)}
-        fixed = [key for key, x in points.items() if key not in features and not (trains and x is moving)]
-        if fixed:
-            with torch.no_grad():
-                found = encode(torch.cat([points[key] for key in fixed]))
-            features |= zip(fixed, _split(found, len(fixed)), strict=True)
-    if trains:
-        entered, gate = Enter.apply(moving + (displacement - d))  # the value of moving, the derivative of displacement
-        features[id(moving)] = graph = encode(entered)
-    if estimator.kind != "tangent":
-        target = features.get(id(base))
-        results = [FeatureDifference(features[id(x.plus)], features[id(x.minus)], x.scale, target) for x in ends]
-    if trains:
-        results[0] = results[0]._replace(graph=graph, gate=gate)
-    return results
+    alone = reference is None or gap is None
+    r, g = (d, torch.zeros_like(d)) if reference is None or gap is None else (reference, gap)
+    shares = _SHARES[2 if alone else 4 if estimator.kind == "central" else 3]
+    reach = (estimator.reach_alone if alone else estimator.reach) * _rms(base)
+    lengths = torch.stack([_rms(x) for x in (g, d, r)])
+    shortest = torch.where(lengths.amin(0) < lengths[0] / 4, lengths.argmin(0), 0)
+    shortest = torch.zeros_like(shortest) if estimator.kind == "literal" else shortest
+
+    def pick(of_gap: Tensor, of_model: Tensor, of_reference: Tensor) -> Tensor:
+        rest = torch.where(per_sample(shortest == 1, of_model), of_model, of_reference)
+        return torch.where(per_sample(shortest == 0, of_gap), of_gap, rest)
+
+    p, q = pick(g, d, r), pick(d + r, d - 2 * r, r - 2 * d)
+    a, b = _arm(q, reach, 1 / 4), _arm(p, reach, 1 / 2)
+    quarter, half, none = (torch.full_like(a, x) for x in (1 / 4, 1 / 2, 0.0))
+    middle_q, middle_p = pick(a if estimator.kind == "scaled" else quarter, -quarter, -quarter), pick(none, half, half)
+    # Where a displacement is exactly 0, so is the coefficient of its difference: two evaluations of one point may
+    # differ in a last digit. A reference that is right has the gap for the model's difference, to the bit.
+    q_moves, p_moves, moves, reference_moves = (reduce(x != 0, "b ... -> b", "max") for x in (q, p, d, r))
+    latents, of_model, of_gap, of_target = [], [], [], []
+    for v_share, u_share in shares:
+        along_q, along_p = middle_q + _sign(v_share) * a, middle_p + _sign(u_share) * b
+        latents.append(base + (per_sample(along_q, q) * q + per_sample(along_p, p) * p))
+        v, u = q_moves * v_share / a, p_moves * u_share / b
+        of_gap.append(pick(u, (u + v) / 2, -(u + v) / 2))
+        model = pick((v + u) / 2, u, (u - v) / 2)
+        of_model.append(moves * torch.where(reference_moves, model, of_gap[-1]))
+        of_target.append(abs(v_share) - middle_q * v_share / a - middle_p * u_share / b)
+    graph = latents[0] if estimator.graph_at_point else base + d
+    model, target, gaps = (torch.stack(x) for x in (of_model, of_target, of_gap))
+    return Stencil(latents, model, None if alone else gaps, target, graph)
 
 
-class _Ends(NamedTuple):
-    plus: Tensor
-    minus: Tensor
-    scale: Tensor
+def _arm(displacement: Tensor, reach: Tensor, least: float) -> Tensor:
+    """How many displacements long an arm is, (B,)."""
+    length = _rms(displacement)
+    return torch.where(length > 0, (reach / length).clamp(min=least), torch.full_like(length, least))
 
 
-def _ends(base: Tensor, d: Tensor, estimator: Estimator) -> _Ends:
-    """The two points of a difference, and what to multiply it by, (B,); 0 where d is.
-
-    Exactly 0, since two evaluations of one point in batches of two sizes may differ in a last digit.
-    """
-    central = estimator.kind == "central"
-    r = base.new_full(base.shape[:1], 0.5 if central else 1.0)
-    if estimator.kind != "literal":
-        r = torch.maximum(r, (estimator.reach * _rms(base) / _rms(d)).nan_to_num(posinf=1.0, nan=1.0))
-    moved = reduce(d != 0, "b ... -> b", "max")
-    apart = 2 * r if central else r
-    scale = torch.where(moved, 1 / apart, torch.zeros_like(r))
-    reach = per_sample(r, d) * d
-    if central:
-        middle = base + 0.5 * d
-        return _Ends(middle + reach, middle - reach, scale)
-    return _Ends(base + reach, base, scale)
-
-
-def _tangents(encode: Encode, base: Tensor, moves: list[Tensor]) -> list[FeatureDifference]:
-    """For each move, the derivative of features along it, at its middle; per unit of rms, so that fp16 can hold it."""
-    points, move = torch.cat([base + 0.5 * d for d in moves]), torch.cat(moves)
-    length = _rms(move)
-    unit = move / per_sample(torch.where(length > 0, length, torch.ones_like(length)), move)
-    # The fused attention kernels have no forward mode, and group norm's takes contiguous input only.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _ContiguousNorm():
-        pairs = {k: forward_ad.unpack_dual(f) for k, f in encode(forward_ad.make_dual(points, unit)).items()}
-    tangents = _split({k: pair.tangent for k, pair in pairs.items()}, len(moves))
-    primals = _split({k: pair.primal for k, pair in pairs.items()}, len(moves))
-    scales = length.chunk(len(moves))
-    return [FeatureDifference(t, None, scale, p) for t, scale, p in zip(tangents, scales, primals, strict=True)]
-
-
-class _ContiguousNorm(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.group_norm:
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-def _split(features: Features, count: int) -> list[Features]:
-    """Features of several batches stacked, batch by batch."""
-    chunks = {k: f.chunk(count) for k, f in features.items()}
-    return [{k: f[i] for k, f in chunks.items()} for i in range(count)]
+def _sign(share: float) -> int:
+    return (share > 0) - (share < 0)
 
 
 def _rms(x: Tensor) -> Tensor:

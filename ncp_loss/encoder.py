@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import bad, check_floating, check_rows
+from .schedule import constant_to_compilers
 from .view import Watch, own_trainable, twin_of
 
 Layers = str | Sequence[str] | Mapping[str, float]
+Features = dict[str, Tensor]
+PullBack = Callable[[Features], Tensor]
 
 # What runs one after another in a model's forward, whatever order it was registered in. Used only to tell which weights
 # lie past a layer and need no copy: a name that is missing here costs memory, never correctness.
@@ -37,7 +40,7 @@ class _Pass:
     """The view's forward pass: how many layers are wanted of it, and those kept so far; None while it does not run."""
 
     wanted: int
-    kept: dict[str, Tensor] | None = None
+    kept: Features | None = None
 
 
 class _Tap:
@@ -105,50 +108,43 @@ class FrozenEncoder:
         self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
         self._watch = Watch(used, shared, links)
         self._pass = _Pass(len(ends))
+        self._seen: torch.dtype | None = None
         for layer, end in ends.items():
             modules[end].register_forward_hook(_Tap(layer, self._pass), with_kwargs=True)
         if checkpoint:
             blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
             if not blocks:
                 raise bad("checkpoint", f"False: {type(self.view).__name__} has no gradient checkpointing", "True")
-            function = partial(recompute, use_reentrant=False)
             for block in blocks:
-                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=function)
+                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recomputed)
         takes = inspect.signature(type(self.view).forward).parameters
         self._takes_text = "encoder_hidden_states" in takes and call is None
         self._reads_text = any(getattr(module, "has_cross_attention", False) for module in modules.values())
 
     def __call__(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor | None,
-        model_kwargs: dict[str, Any],
-        given: torch.dtype,
-    ) -> dict[str, Tensor]:
-        """{layer: features}. Where latents are k batches stacked, the conditioning of one batch serves them all.
+        self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], given: torch.dtype
+    ) -> Features:
+        """{layer: features}, one row for each sample.
 
         Only here are latents cast to the dtype that the model computes in; ``given`` is what the trainer has them in.
         """
-        if not torch.compiler.is_compiling():
-            self._watch.check()
-            self._check_own(latents)
-        if encoder_hidden_states is not None or self._takes_text:
-            model_kwargs = model_kwargs | {"encoder_hidden_states": encoder_hidden_states}
-        batch, copies = len(timesteps), len(latents) // len(timesteps)
         dtype = None if _autocast_dtype(latents.device) else self.dtype
-        conditioning = {k: _prepared(v, batch, copies, dtype, given, k) for k, v in model_kwargs.items()}
-        latents = latents if dtype is None else latents.to(dtype)
-        kept: dict[str, Tensor] = {}
+        conditioning = {k: _prepared(v, dtype, given, k) for k, v in conditioning.items()}
+        kept: Features = {}
+        if self._pass.kept is not None:
+            raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet")
         self._pass.kept = kept
         try:
             with contextlib.suppress(LastLayerReached):
-                self._call(self.view, latents, timesteps.repeat(copies), **conditioning)
+                self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
         finally:
             self._pass.kept = None
         if missing := self.weights.keys() - kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
-        return {layer: kept[layer] for layer in self.weights}
+        features = {layer: _one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
+        if not torch.compiler.is_compiling():
+            self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
+        return features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,8 +154,8 @@ class FrozenEncoder:
         return next(dtype for name, dtype in weights if not any(part in name for part in kept))
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What the model computes in now, autocast included."""
-        return _autocast_dtype(device) or self.dtype
+        """What the model computes in now: autocast's dtype, or that of the features which it gave last."""
+        return _autocast_dtype(device) or _seen(self) or self.dtype
 
     @property
     def channels(self) -> int | None:
@@ -167,10 +163,17 @@ class FrozenEncoder:
         conv = getattr(self.view, "conv_in", None)
         return conv.in_channels if isinstance(conv, nn.Conv2d) and self._call is _by_name else None
 
-    def check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
-        """What the model would stumble over deep inside, said at the door, unless a call of one's own decides that."""
-        if self._call is not _by_name:
-            return
+    def conditioned(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with beside latents and timesteps; what it would stumble over is told here."""
+        if not torch.compiler.is_compiling():
+            self._watch.check()
+            self._check_own(latents)
+        if self._call is _by_name:
+            self._check_conditioning(latents, text, model_kwargs)
+        given = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
+        return {**model_kwargs, **given}
+
+    def _check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
         config: Any = getattr(self.view, "config", None)
         if text is not None:
             width = getattr(config, "cross_attention_dim", None)
@@ -202,6 +205,16 @@ class FrozenEncoder:
             hint = "convert these with ncp.to(dtype)"
             must_be = f"in the dtype of the loss's copies of its trainable weights, {copied.dtype}: {hint}"
             raise bad("unet", must_be, shared.dtype)
+
+
+@constant_to_compilers  # what a call outside of a trace saw is no reason to compile anew
+def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
+    return encoder._seen
+
+
+def _recomputed(block: Callable[..., Any], *args: Any) -> Any:
+    """A block whose activations are recomputed in backward; a compiler plans its memory itself."""
+    return block(*args) if torch.compiler.is_compiling() else recompute(block, *args, use_reentrant=False)
 
 
 def _first_weight(modules: Mapping[str, nn.Module]) -> Tensor | None:
@@ -251,26 +264,87 @@ def _resolve(view: nn.Module, layer: str) -> str:
     return ".".join(path)
 
 
-def _prepared(value: Any, batch: int, copies: int, dtype: torch.dtype | None, given: torch.dtype, name: str) -> Any:
-    """Conditioning as the encoder takes it: floats in ``dtype``, the batch repeated, in fresh containers.
+def linearized(encode: Callable[[Tensor], Features], latents: Tensor) -> tuple[Features, PullBack]:
+    """Features at ``latents``, and the function that takes a cotangent of the features to one of the latents.
 
-    What is wider, but not because all that the trainer gives is, stays as wide: class labels, rotary tables; ids always
-    (SDXL's sizes, positions). bf16 has no room for a 1021.
+    The function is called once: the encoder's activations are let go with it. Compilers trace ``torch.func.vjp``, and
+    not ``torch.autograd.grad``, with which alone activations can be recomputed (``checkpoint=True``).
+    """
+    if torch.compiler.is_compiling():
+        features, vjp, *_ = torch.func.vjp(encode, latents)
+        return features, lambda cotangents: cast(Tensor, vjp(cotangents)[0])
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        graph = encode(leaf.view_as(leaf))  # torch's FLOP counter hooks what a module is given, but cannot hook a leaf
+
+    def pull_back(cotangents: Features) -> Tensor:
+        with _no_autocast(latents.device):
+            slopes = torch.autograd.grad(list(graph.values()), leaf, [cotangents[layer] for layer in graph])
+        return slopes[0]
+
+    return {layer: f.detach() for layer, f in graph.items()}, pull_back
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where the forward pass was cast, its derivative has the casts; to cast it again would round it twice."""
+    return torch.autocast(device.type, enabled=False) if _autocast_dtype(device) else contextlib.nullcontext()
+
+
+def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
+    """(rows, ...) -> (B, ...): where a sample has several rows, as a video's frames, they follow one another.
+
+    Rows that are tokens, (L, B, D), look the same where L is a multiple of B; a second dimension of B tells them apart.
+    """
+    rows = len(features) if features.ndim else 0
+    if rows == batch:
+        return features
+    if rows == 0 or rows % batch or (batch > 1 and features.ndim > 1 and features.shape[1] == batch):
+        must_be = f"a module whose output has the batch first, {batch} rows or a multiple"
+        raise bad("layer", must_be, f"{layer!r}, whose output is shaped {tuple(features.shape)}")
+    return features.reshape(batch, rows // batch, *features.shape[1:])
+
+
+def chunks_of(batch: int, size: int, groups: int) -> Iterator[Callable[[Any], Any]]:
+    """Functions that take a few samples from a tensor or a mapping of them, until all are taken.
+
+    With two groups, winners and losers, they take whole pairs, and at least one.
+    """
+    per_group = max(size // groups, 1)
+    for first in range(0, batch // groups, per_group):
+        yield partial(_rows_of, rows=slice(first, first + per_group), groups=groups, batch=batch)
+
+
+def joined(parts: Sequence[Any], groups: int) -> Any:
+    """What was taken in chunks, whole again; None where there is nothing."""
+    return None if parts[0] is None else torch.cat([x.unflatten(0, (groups, -1)) for x in parts], 1).flatten(0, 1)
+
+
+def _rows_of(value: Any, rows: slice, groups: int, batch: int, name: str = "") -> Any:
+    """Some samples; what has no batch first cannot be split without a guess, and is refused."""
+    if isinstance(value, Mapping):
+        return {k: _rows_of(v, rows, groups, batch, f"{name}[{k!r}]" if name else k) for k, v in value.items()}
+    if isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch:
+        return value.unflatten(0, (groups, -1))[:, rows].flatten(0, 1)
+    if value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and value.ndim == 0):
+        return value
+    was = f"shaped {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise bad(name, f"a tensor with the batch first, {batch} rows, where chunk_size is set", was)
+
+
+def _prepared(value: Any, dtype: torch.dtype | None, given: torch.dtype, name: str) -> Any:
+    """Conditioning as the encoder takes it: floats in ``dtype``, in fresh containers.
+
+    Some floats are wider than the latents that the trainer gives: class labels, rotary tables. They stay so, and ids
+    (SDXL's sizes, positions) always do, since bf16 cannot hold a 1021.
     """
     if isinstance(value, Mapping):
-        return {key: _prepared(item, batch, copies, dtype, given, key) for key, item in value.items()}
+        return {key: _prepared(item, dtype, given, key) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        # Image shapes and lengths of text come as one item for each sample; tensors in a list are batches, or tables.
-        samples = isinstance(value, list) and len(value) == batch and not any(isinstance(x, Tensor) for x in value)
-        return type(value)(
-            _prepared(item, batch, copies, dtype, given, name) for item in value * (copies if samples else 1)
-        )
+        return type(value)(_prepared(item, dtype, given, name) for item in value)
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
         follows = name == "encoder_hidden_states" or value.dtype == given or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value
-    if copies > 1 and value.ndim > 0 and len(value) == batch:
-        value = value.repeat(copies, *[1] * (value.ndim - 1))
     return value

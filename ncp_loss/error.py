@@ -1,130 +1,148 @@
-"""error: one number per sample from a difference of features, in float32 or better, and the cotangent it sends back."""
+"""error: one number per sample from features at a stencil's points, and the cotangent of those features."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import reduce
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .difference import FeatureDifference
+from .difference import Stencil
 from .schedule import per_sample
 
+Features = dict[str, Tensor]
 
-def feature_error(
-    difference: FeatureDifference,
+
+class Errors(NamedTuple):
+    """Per-sample errors, (B,) each; the gradient comes with ``error``, and ``ref_error`` has none."""
+
+    error: Tensor
+    ref_error: Tensor | None = None
+
+
+def feature_errors(
+    features: Sequence[Features],
+    points: Stencil,
     weights: Mapping[str, float],
-    *,
     normalize: bool = False,
     unit: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    r"""Per-sample mean square of a feature difference, summed over layers by weight (paper, eq. 13).
+    impl: str = "eager",
+) -> tuple[Errors, dict[str, Scales]]:
+    r"""Mean square differences of features, summed over layers by weight (paper, eq. 13), of model and reference.
 
-    ``error_b = sum_l w_l mean(|scale_b (plus_l - minus_l)|^2)``, the mean over everything but the batch.
+    With w the model's difference of features, and u the model's less the reference's,
+
+    ``error = sum_l w_l mean |w|^2``, ``ref_error = sum_l w_l mean |w - u|^2`` and
+    ``error - ref_error = sum_l w_l mean u (2 w - u)``,
+
+    the mean over everything but the batch. The last line is the margin. It is summed as it stands, since two errors
+    that agree to several digits would leave rounding, and the larger error is the smaller one plus it.
 
     Args:
-        difference: features at both ends, (B, ...) each, the scale of their difference, (B,), and the graph.
+        features: at each of the stencil's points, by layer, (B, ...).
+        points: the stencil, whose coefficients combine them.
         weights: of each layer.
         normalize: divide each layer's term by the mean square of the target's features.
-        unit: (B,), what the latents moved by per unit of prediction, B; the error is divided by its square.
-        impl: "eager", or "triton": kernels that make no float32 copy of features; "auto": those on a GPU, where triton
-            is installed and no compiler is at work, which fuses the eager passes itself.
+        unit: (B,), what the latents moved by per unit of prediction, B; errors are divided by its square.
+        impl: "eager", or "triton": kernels that make no float32 copy of features.
 
     Returns:
-        (B,), float32 at least.
+        The errors, float32 at least, and what :func:`feature_cotangents` needs of them.
     """
-    plus, minus, scale, graph = difference.plus, difference.minus, difference.scale, difference.graph
-    fused = _use_triton(impl, scale)
-    with torch.no_grad():
-        per_unit = torch.ones_like(scale) if unit is None else _inverse(unit.square())
-        error, slopes, sizes = torch.zeros_like(scale), [], []
-        for layer, weight in weights.items():
-            square = _mean_square(plus[layer], minus[layer] if minus else None, fused)
-            relative = torch.full_like(square, weight)
-            if normalize:
-                relative = relative * _inverse(_energy(difference, layer, square, fused))
-            error = error + relative * square
-            slopes.append(relative * (2 / plus[layer][0].numel()))
-            sizes.append(slopes[-1] * square.sqrt())
-        error = error * per_unit * scale.square()
-        if graph is None:
-            return error
-        # d error / d (features of the graph) is slope * (plus - minus) * per_unit * scale: one scale of the two, since
-        # the graph's point moves by the displacement unscaled. The encoder's backward pass gets it divided by the size
-        # of its largest layer; that size, for each sample, goes through the gate.
-        size = torch.stack(sizes).amax(0)
-        slope = torch.stack(slopes) * _inverse(size)
-    ends = [*plus.values(), *(minus or {}).values()]
-    fixed = [f for f in ends if all(f is not g for g in graph.values())]
-    size = per_unit * scale * size
-    return cast(Tensor, _Leave.apply(difference.gate, error, size, slope, len(ends), fused, *graph.values(), *fixed))
+    per_unit = torch.ones_like(points.model[0]) if unit is None else _inverse(unit.square())
+    total, scales = torch.zeros_like(per_unit).expand(3, -1), {}
+    for layer, weight in weights.items():
+        at = [f[layer] for f in features]
+        sums, energy = _sums(at, points, normalize, impl)
+        relative = weight * per_unit * (_inverse(energy) if normalize else torch.ones_like(energy))
+        total = total + relative * sums
+        scales[layer] = Scales(relative * (2 / at[0][0].numel()), sums[0].sqrt())
+    error, reference, margin = total
+    if points.gap is None:
+        return Errors(error), scales
+    smaller = torch.minimum(error, reference)
+    return Errors(smaller + margin.relu(), smaller + (-margin).relu()), scales
 
 
-class _Leave(torch.autograd.Function):
-    """The error; backward, a cotangent of order one for the features of the graph, and its true size for the gate."""
+class Scales(NamedTuple):
+    """Of one layer, (B,) each: ``d error / d features`` is ``slope`` times the difference, whose rms is ``rms``."""
 
+    slope: Tensor
+    rms: Tensor
+
+
+def feature_cotangents(
+    features: Sequence[Features], points: Stencil, scales: Mapping[str, Scales], impl: str = "eager"
+) -> tuple[Features, Tensor]:
+    """``d error / d features`` by layer, brought to order one in the features' dtype, and its true size, (B,).
+
+    Half precision holds neither very small cotangents nor very large ones; the size is multiplied in afterwards.
+    """
+    size = torch.stack([scale.slope * scale.rms for scale in scales.values()]).amax(0)
+    small = _inverse(size)
+    return {
+        layer: _cotangent([f[layer] for f in features], points.model * (scale.slope * small), impl)
+        for layer, scale in scales.items()
+    }, size
+
+
+def attach(error: Tensor, prediction: Tensor, slope: Tensor) -> Tensor:
+    """``error`` (B,), whose derivative with respect to ``prediction`` is ``slope``, known already, (B, ...)."""
+    return cast(Tensor, _Attached.apply(prediction, error, slope))
+
+
+class _Attached(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, error: Tensor, size: Tensor, slope: Tensor, ends: int, fused: bool, *features: Tensor
-    ) -> Tensor:
-        # The features are the graph's, then the ends; where the graph stands at the plus end, it is not given twice.
-        ctx.fixed, ctx.fused = len(features) - len(slope), fused
-        ctx.save_for_backward(size, slope, *features[len(features) - ends :])
+    def forward(ctx: Any, prediction: Tensor, error: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.dtype = prediction.dtype
         return error.view_as(error)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        size, slope, *ends = ctx.saved_tensors
-        plus, minus = ends[: len(slope)], ends[len(slope) :] or [None] * len(slope)
-        cotangents = [_scaled_difference(*x, ctx.fused) for x in zip(plus, minus, slope, strict=True)]
-        return gradient * size, None, None, None, None, None, *cotangents, *[None] * ctx.fixed
-
-
-def _energy(difference: FeatureDifference, layer: str, square: Tensor, fused: bool) -> Tensor:
-    """Mean square of the target's features; where the ends stand about it, of their middle."""
-    if difference.target is not None:
-        return _mean_square(difference.target[layer], None, fused)
-    assert difference.minus is not None
-    ends = difference.plus[layer], difference.minus[layer]
-    return (_mean_square(ends[0], None, fused) + _mean_square(ends[1], None, fused)) / 2 - square / 4
-
-
-def _use_triton(impl: str, x: Tensor) -> bool:
-    if impl == "auto":
-        return x.is_cuda and not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is not None
-    return impl == "triton"
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative would come out as 0
+            raise RuntimeError("ncp errors have first derivatives only: create_graph=True cannot be used with them")
+        (slope,) = ctx.saved_tensors
+        return (per_sample(gradient, slope) * slope).to(ctx.dtype), None, None
 
 
 # The two passes over features, each in float32 at least; ncp_loss/fused.py has both as kernels.
 
 
-def _mean_square(plus: Tensor, minus: Tensor | None, fused: bool) -> Tensor:
-    """``mean |plus_b - minus_b|^2``: (B, ...) -> (B,)."""
-    if fused:
-        from .fused import mean_square
+def _sums(features: list[Tensor], points: Stencil, normalize: bool, impl: str) -> tuple[Tensor, Tensor]:
+    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)``, (3, B), and the mean square of the target, (B,)."""
+    gap = torch.zeros_like(points.model) if points.gap is None else points.gap
+    if impl == "triton":
+        from .fused import sums
 
-        return cast(Tensor, mean_square(plus, minus))
-    return reduce(_difference(plus, minus).square(), "b ... -> b", "mean")
-
-
-def _scaled_difference(plus: Tensor, minus: Tensor | None, slope: Tensor, fused: bool) -> Tensor:
-    """``slope_b (plus_b - minus_b)``, in the features' dtype."""
-    if fused:
-        from .fused import scaled_difference
-
-        return cast(Tensor, scaled_difference(plus, minus, slope))
-    return (per_sample(slope, plus) * _difference(plus, minus)).to(plus.dtype)
+        found = cast(Tensor, sums(features, torch.stack([points.model, gap, *[points.target] * normalize])))
+        return found[:3], found[-1]
+    w, u = _combined(features, points.model), _combined(features, gap)
+    means = [_mean(w.square()), _mean((w - u).square()), _mean(u * (2 * w - u))]
+    return torch.stack(means), _mean(_combined(features, points.target).square()) if normalize else means[0]
 
 
-def _difference(plus: Tensor, minus: Tensor | None) -> Tensor:
-    plus = plus.to(torch.promote_types(plus.dtype, torch.float32))
-    return plus if minus is None else plus - minus
+def _cotangent(features: list[Tensor], coefficients: Tensor, impl: str) -> Tensor:
+    """``sum_i coefficients_i features_i`` in the features' dtype."""
+    if impl == "triton":
+        from .fused import combined
+
+        return cast(Tensor, combined(features, coefficients))
+    return _combined(features, coefficients).to(features[0].dtype)
+
+
+def _combined(features: list[Tensor], coefficients: Tensor) -> Tensor:
+    wide = torch.promote_types(features[0].dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=features[0].device)
+    for f, coefficient in zip(features, coefficients, strict=True):
+        total = torch.addcmul(total, per_sample(coefficient, f), f.to(wide))
+    return total
+
+
+def _mean(x: Tensor) -> Tensor:
+    return reduce(x, "b ... -> b", "mean")
 
 
 def _inverse(x: Tensor) -> Tensor:

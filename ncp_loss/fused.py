@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -14,75 +16,129 @@ ROUNDS = 8  # blocks that a program adds up
 
 
 @triton.jit
-def square_kernel(plus, minus, partial, size, HAS_MINUS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
-    """partial[b, j]: the j-th part of sum |plus_b - minus_b|^2, the first of two stages; no atomics."""
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    wide: tl.constexpr = tl.float64 if plus.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros([BLOCK], wide)
-    start = part * ROUNDS * BLOCK
-    for first in range(start, tl.minimum(start + ROUNDS * BLOCK, size), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        x = tl.load(plus + row * size + at, mask=at < size, other=0.0).to(wide)
-        if HAS_MINUS:
-            x -= tl.load(minus + row * size + at, mask=at < size, other=0.0).to(wide)
-        total += x * x
-    tl.store(partial + row * tl.num_programs(0) + part, tl.sum(total))
+def _loaded(feature, row, at, size, wide: tl.constexpr):
+    return tl.load(feature + row * size + at, mask=at < size, other=0.0).to(wide)
 
 
 @triton.jit
-def difference_kernel(plus, minus, slope, out, size, HAS_MINUS: tl.constexpr, BLOCK: tl.constexpr):
-    """out_b = slope_b * (plus_b - minus_b)."""
+def _coefficient(coefficients, point, wide: tl.constexpr):
+    """Of this program's row; ``coefficients`` is (points, rows)."""
+    return tl.load(coefficients + point * tl.num_programs(1) + tl.program_id(1)).to(wide)
+
+
+@triton.jit
+def _combination(x0, x1, x2, x3, coefficients, POINTS: tl.constexpr, wide: tl.constexpr):
+    total = _coefficient(coefficients, 0, wide) * x0 + _coefficient(coefficients, 1, wide) * x1
+    if POINTS > 2:
+        total += _coefficient(coefficients, 2, wide) * x2
+    if POINTS > 3:
+        total += _coefficient(coefficients, 3, wide) * x3
+    return total
+
+
+@triton.jit
+def sums_kernel(
+    f0, f1, f2, f3, coefficients, partial, size,
+    POINTS: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """partial[:, row, part]: a part of each of the sums of :func:`sums`, the first of two stages; no atomics."""
+    part, rows = tl.program_id(0), tl.num_programs(1)
     row = tl.program_id(1).to(tl.int64)
-    wide: tl.constexpr = tl.float64 if plus.dtype.element_ty == tl.float64 else tl.float32
+    wide: tl.constexpr = tl.float64 if f0.dtype.element_ty == tl.float64 else tl.float32
+    model = tl.zeros([BLOCK], wide)
+    reference, margin, target = model, model, model
+    start = part * ROUNDS * BLOCK
+    for first in range(start, tl.minimum(start + ROUNDS * BLOCK, size), BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x0, x1 = _loaded(f0, row, at, size, wide), _loaded(f1, row, at, size, wide)
+        x2 = _loaded(f2, row, at, size, wide) if POINTS > 2 else x0
+        x3 = _loaded(f3, row, at, size, wide) if POINTS > 3 else x0
+        w = _combination(x0, x1, x2, x3, coefficients, POINTS, wide)
+        u = _combination(x0, x1, x2, x3, coefficients + POINTS * rows, POINTS, wide)
+        model += w * w
+        reference += (w - u) * (w - u)
+        margin += u * (2 * w - u)
+        if TARGET:
+            t = _combination(x0, x1, x2, x3, coefficients + 2 * POINTS * rows, POINTS, wide)
+            target += t * t
+    place = partial + row * tl.num_programs(0) + part
+    apart = rows * tl.num_programs(0)
+    tl.store(place, tl.sum(model))
+    tl.store(place + apart, tl.sum(reference))
+    tl.store(place + 2 * apart, tl.sum(margin))
+    if TARGET:
+        tl.store(place + 3 * apart, tl.sum(target))
+
+
+@triton.jit
+def combined_kernel(f0, f1, f2, f3, coefficients, out, size, POINTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row] = sum_i coefficients[i, row] f_i[row]."""
+    row = tl.program_id(1).to(tl.int64)
+    wide: tl.constexpr = tl.float64 if f0.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(plus + row * size + at, mask=at < size, other=0.0).to(wide)
-    if HAS_MINUS:
-        x -= tl.load(minus + row * size + at, mask=at < size, other=0.0).to(wide)
-    x *= tl.load(slope + row).to(wide)
-    tl.store(out + row * size + at, x.to(out.dtype.element_ty), mask=at < size)
+    x0, x1 = _loaded(f0, row, at, size, wide), _loaded(f1, row, at, size, wide)
+    x2 = _loaded(f2, row, at, size, wide) if POINTS > 2 else x0
+    x3 = _loaded(f3, row, at, size, wide) if POINTS > 3 else x0
+    total = _combination(x0, x1, x2, x3, coefficients, POINTS, wide)
+    tl.store(out + row * size + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
-@torch.library.custom_op("ncp_loss::mean_square", mutates_args=())
-def mean_square(plus: Tensor, minus: Tensor | None) -> Tensor:
-    """``mean |plus_b - minus_b|^2``: (B, ...) -> (B,), accumulated in float32 at least, the same on every run."""
-    plus, minus = _dense(plus, minus)
-    size = plus[0].numel()
+@torch.library.custom_op("ncp_loss::sums", mutates_args=())
+def sums(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """Means over each sample, accumulated in float32 at least, the same on every run.
+
+    With w, u and t the combinations of features by ``coefficients[0]``, ``[1]`` and, where it is given, ``[2]``:
+    ``|w|^2``, ``|w - u|^2``, ``u (2 w - u)`` and ``|t|^2``.
+
+    Args:
+        features: 2 to 4 of (B, ...).
+        coefficients: (2 or 3, points, B).
+
+    Returns:
+        (3 or 4, B).
+    """
+    features, (kinds, points, rows) = _dense(features), coefficients.shape
+    size = features[0][0].numel()
     parts = triton.cdiv(size, BLOCK * ROUNDS)
-    partial = plus.new_empty(len(plus), parts, dtype=_wide(plus))
-    square_kernel[(parts, len(plus))](plus, minus, partial, size, minus is not None, BLOCK=BLOCK, ROUNDS=ROUNDS)
-    return partial.sum(1).div_(size)
+    partial = coefficients.new_empty(kinds + 1, rows, parts)
+    options = {"POINTS": points, "TARGET": kinds == 3, "BLOCK": BLOCK, "ROUNDS": ROUNDS}
+    sums_kernel[(parts, rows)](*_four(features), coefficients.contiguous(), partial, size, **options)
+    return partial.sum(-1).div_(size)
 
 
-@mean_square.register_fake
-def _(plus: Tensor, minus: Tensor | None) -> Tensor:
-    return plus.new_empty(len(plus), dtype=_wide(plus))
+@sums.register_fake
+def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    kinds, _, rows = coefficients.shape
+    return coefficients.new_empty(kinds + 1, rows)
 
 
-@torch.library.custom_op("ncp_loss::scaled_difference", mutates_args=())
-def scaled_difference(plus: Tensor, minus: Tensor | None, slope: Tensor) -> Tensor:
-    """``slope_b (plus_b - minus_b)`` in the features' dtype: (B, ...), (B, ...), (B,) -> (B, ...)."""
-    plus, minus = _dense(plus, minus)
-    out, size = torch.empty_like(plus), plus[0].numel()
-    grid = (triton.cdiv(size, BLOCK), len(plus))
-    difference_kernel[grid](plus, minus, slope.contiguous(), out, size, minus is not None, BLOCK=BLOCK)
+@torch.library.custom_op("ncp_loss::combined", mutates_args=())
+def combined(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """``sum_i coefficients_i features_i`` in the features' dtype: 2 to 4 of (B, ...), (points, B) -> (B, ...)."""
+    features = _dense(features)
+    out, size = torch.empty_like(features[0]), features[0][0].numel()
+    grid = (triton.cdiv(size, BLOCK), len(features[0]))
+    options = {"POINTS": len(features), "BLOCK": BLOCK}
+    combined_kernel[grid](*_four(features), coefficients.contiguous(), out, size, **options)
     return out
 
 
-@scaled_difference.register_fake
-def _(plus: Tensor, minus: Tensor | None, slope: Tensor) -> Tensor:
-    return torch.empty_like(_dense(plus, minus)[0])
+@combined.register_fake
+def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    return torch.empty_like(_dense(features)[0])
 
 
-def _dense(plus: Tensor, minus: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both in one order in memory, whichever, a sample after the other: the kernels see rows of numbers."""
-    if plus.device.type == "cpu" and isinstance(square_kernel, triton.JITFunction):
-        raise bad("impl", "'auto' or 'eager' on a CPU", "'triton'")
-    both = [plus] if minus is None else [plus, minus]
-    orders = [torch.contiguous_format, *({4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(plus.ndim, []))]
-    if not any(all(x.is_contiguous(memory_format=order) for x in both) for order in orders):
-        both = [x.contiguous() for x in both]
-    return both[0], None if minus is None else both[1]
+def _four(features: Sequence[Tensor]) -> list[Tensor]:
+    """As many as the kernels have places for; those past the points are not read."""
+    return [*features, *[features[0]] * (4 - len(features))]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _dense(features: Sequence[Tensor]) -> Sequence[Tensor]:
+    """All in one order in memory, whichever, a sample after the other: the kernels see rows of numbers."""
+    first = features[0]
+    if first.device.type == "cpu" and isinstance(sums_kernel, triton.JITFunction):
+        raise bad("impl", "'eager' on a CPU", "'triton'")
+    orders = [torch.contiguous_format, *({4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(first.ndim, []))]
+    if any(all(x.is_contiguous(memory_format=order) for x in features) for order in orders):
+        return features
+    return [x.contiguous() for x in features]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import bad, check_choice, check_floating, check_latents, check_pairs, check_rows, expand_timesteps
-from .difference import DIFFERENCES, Estimator, choose, feature_differences
-from .encoder import FrozenEncoder, Layers
-from .error import feature_error
+from .checks import bad, check_choice, check_count, check_latents, check_pairs, expand_timesteps
+from .difference import DIFFERENCES, choose, stencil
+from .encoder import FrozenEncoder, Layers, chunks_of, joined, linearized
+from .error import Errors, attach, feature_cotangents, feature_errors
 from .objectives import REDUCTIONS, reduce_batch
-from .schedule import NoiseSchedule, Step
+from .schedule import NoiseSchedule, Step, per_sample
 
 
 class NoiseConditionedPerceptualLoss(nn.Module):
@@ -37,19 +37,21 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         schedule: a NoiseSchedule, a diffusers scheduler, or None for Stable Diffusion's own with epsilon prediction.
         step: t' = t - step; "uniform" draws t' at random; "clean" compares the estimates of x_0, at t' = 0. A step
             past the last one ends at x_0 too.
-        difference: how the difference of features is taken: "literal", the definition; over a longer displacement and
-            scaled back, from one end ("scaled") or about the middle ("central"); "tangent", by forward-mode
-            differentiation; "auto", by the dtype the model computes in: "literal" in float64, "scaled" in float32,
-            "central" in half precision.
+        difference: how differences of features are taken: "literal", the definition; over a longer displacement and
+            scaled back, from x* ("scaled") or about the middle ("central"); "auto", by the dtype that the model
+            computes in: "literal" in float64, "scaled" in float32, "central" in half precision.
         normalize: divide each layer's error by the mean square of its target features.
         weighting: None, the paper's; "noise" divides by B^2, the part of an error's scale that is the step's: errors,
             and with them beta, come near the scale of latent MSE. What remains is the network's gain.
-        checkpoint: recompute the encoder's activations in backward: less memory, about one more encoder forward.
+        checkpoint: recompute the encoder's activations for its backward pass: less memory at the peak, for about one
+            more encoder forward. A compiled loss ignores it, since the compiler plans its memory itself.
+        chunk_size: how many samples are evaluated at a time; None: all. It bounds the encoder's share of the peak. In a
+            batch of pairs a chunk holds whole pairs, and at least one. Conditioning must then be tensors with the batch
+            first, numbers or None, since nothing else can be split without a guess.
         call: how the trainer calls the model, where that is not ``model(latents, timestep=timesteps,
             encoder_hidden_states=..., **model_kwargs)``: a function of just these, of which the first is the encoder,
             as in ``lambda model, x, t, **kw: model(pack(x), timestep=t / 1000, **kw)`` for Flux.
-        impl: of the error's passes over features: "eager"; "triton", kernels that make no float32 copies; "auto", the
-            kernels on a GPU where triton is installed.
+        impl: of the error's passes over features: "eager", or "triton", kernels that make no float32 copies.
         reduction: "mean", "sum" or "none" (per sample).
 
     Raises:
@@ -75,24 +77,28 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         normalize: bool = False,
         weighting: str | None = None,
         checkpoint: bool = False,
+        chunk_size: int | None = None,
         call: Callable[..., Any] | None = None,
-        impl: str = "auto",
+        impl: str = "eager",
         reduction: str = "mean",
     ) -> None:
         super().__init__()
         if not isinstance(unet, nn.Module):
             raise bad("unet", "a torch.nn.Module", type(unet).__name__, TypeError)
-        if step not in ("uniform", "clean") and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
-            raise bad("step", "a positive int, 'uniform' or 'clean'", repr(step))
+        check_count("step", step, "a positive int, 'uniform' or 'clean'", "uniform", "clean")
         check_choice("difference", difference, DIFFERENCES)
         check_choice("weighting", weighting, (None, "noise"))
-        check_choice("impl", impl, ("auto", "eager", "triton"))
+        check_choice("impl", impl, ("eager", "triton"))
+        if chunk_size is not None and (
+            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+        ):
+            raise bad("chunk_size", "None or a positive int", repr(chunk_size))
         if impl == "triton":
             importlib.import_module("ncp_loss.fused")  # what was asked for by name and is not there is an error, now
         check_choice("reduction", reduction, REDUCTIONS)
         self.schedule = NoiseSchedule.from_scheduler(schedule)
         self.step, self.difference, self.reduction = step, difference, reduction
-        self.normalize, self.weighting, self.impl = normalize, weighting, impl
+        self.normalize, self.weighting, self.impl, self.chunk_size = normalize, weighting, impl, chunk_size
         self._encoder = FrozenEncoder(unet, layer, checkpoint=checkpoint, call=call)
 
     def forward(
@@ -105,21 +111,18 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         *,
         variance_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-        per_sample: bool = False,
         **model_kwargs: Any,
-    ) -> Any:
-        """The batch's error; arguments as in :meth:`errors`.
-
-        Args:
-            per_sample: return what :meth:`errors` returns, by way of the call, which is what ``torch.compile(ncp)``
-                compiles.
+    ) -> Tensor:
+        """The batch's error, in place of ``F.mse_loss(model_pred, target)``; arguments as in :meth:`errors`.
 
         Returns:
             0-dim, or (B,) with ``reduction="none"``; float32 or better.
         """
+        for name in {"ref_pred", "pairs"} & model_kwargs.keys():
+            raise bad(name, "given to ncp.errors(...), which compares with a reference", "given to ncp(...)", TypeError)
         inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
         errors = self.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
-        return errors if per_sample else reduce_batch(errors[0], self.reduction)
+        return reduce_batch(errors.error, self.reduction)
 
     def errors(
         self,
@@ -130,13 +133,17 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         *,
         ref_pred: Tensor | None = None,
-        target_features: dict[str, Tensor] | None = None,
         variance_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         pairs: bool = False,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Per-sample errors of the model and, from the same evaluation at the target, of a reference.
+    ) -> Errors:
+        """Per-sample errors of the model and, from the same points, of a reference.
+
+        ``error - ref_error`` is the margin of a sample to its own digits, however alike the two predictions are. The
+        gradient is computed here, with the error: nothing of the encoder is held for the trainer's backward pass. The
+        encoder is called once a point, each time with exactly the conditioning that is given, and must draw no random
+        numbers; it runs in eval mode.
 
         Args:
             model_pred: what the model predicted, (B, C, H, W); gradients flow through it alone.
@@ -145,7 +152,6 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             timesteps: t, int64 or whole floats in [0, T), 0-dim or (B,); for a flow sigma * T, any float in [0, T].
             encoder_hidden_states: the text condition, (B, L, D).
             ref_pred: the reference model's prediction, (B, C, H, W).
-            target_features: kept from :meth:`target_features` of these very inputs.
             variance_noise: z of the reverse step, (B, C, H, W). Without it z is drawn from ``generator``, and without
                 that it is 0: it moves the point where features are compared, never the difference of the latents.
             generator: draws z, and t' for ``step="uniform"`` (the global one draws t' where this is None).
@@ -157,22 +163,20 @@ class NoiseConditionedPerceptualLoss(nn.Module):
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
-            RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call.
+            RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call; the
+                loss is used by a second thread or a hook while a pass runs; a second derivative is asked for.
         """
         given = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
-        timesteps = self._checked(noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given, pairs=pairs)
+        timesteps, conditioning = self._checked(
+            noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given, pairs=pairs
+        )
         if pairs:
             noise = target if self.schedule.prediction_type == "epsilon" else None
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
-        encoder = self._encoder
-        estimator = choose(self.difference, encoder.compute_dtype(noisy_latents.device), noisy_latents.device)
-        if target_features is not None:
-            draws = generator is not None and variance_noise is None
-            self._check_target_features(target_features, noisy_latents, estimator, draws)
 
         # From here to the encoder's door in float32 at least, whatever the model's dtype.
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
-        x, truth = noisy_latents.detach().to(dtype), target.detach().to(dtype)
+        x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
         z = None if variance_noise is None else variance_noise.detach()
         if z is None and generator is not None and isinstance(self.step, int):
@@ -180,17 +184,51 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             z = torch.randn(drawn.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
             z = torch.cat([z, z]) if pairs else z
 
-        differences = feature_differences(
-            lambda x: encoder(x, back.timesteps, encoder_hidden_states, model_kwargs, noisy_latents.dtype),
-            back.latents(x, truth, z),
-            [back.displacement(prediction, truth) for prediction in (model_pred, ref_pred) if prediction is not None],
-            estimator,
-            target_features,
-        )
-        unit = back.B if self.weighting == "noise" else None
-        error_of = partial(feature_error, weights=encoder.weights, normalize=self.normalize, unit=unit, impl=self.impl)
-        error, *ref_error = map(error_of, differences)
-        return error, ref_error[0] if ref_error else None
+        trains = torch.is_grad_enabled() and model_pred.requires_grad
+        reference = None if ref_pred is None else ref_pred.detach().to(dtype)
+        batch: dict[str, Any] = {
+            "base": back.latents(x, truth, z),
+            "displacement": back.displacement(prediction, truth),
+            "reference": None if reference is None else back.displacement(reference, truth),
+            "gap": None if reference is None else back.displacement(prediction, reference),
+            "B": back.B,
+            "timesteps": back.timesteps,
+            "model_kwargs": conditioning,
+        }
+        evaluate = partial(self._evaluate, trains=trains, given=noisy_latents.dtype)
+        if self.chunk_size is None:
+            error, ref_error, slope = evaluate(**batch)
+        else:
+            groups = 2 if pairs else 1
+            chunks = [evaluate(**take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
+            error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
+        return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, *, trains: bool, given: torch.dtype, timesteps: Tensor, model_kwargs: Mapping[str, Any], **moves: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``error``, ``ref_error`` and, where it is wanted, the derivative of ``error`` by the prediction."""
+        encode = partial(self._encoder, timesteps=timesteps, conditioning=model_kwargs, given=given)
+        base, B = moves["base"], moves["B"]
+        dtype = self._encoder.compute_dtype(base.device)
+        estimator = choose(self.difference, dtype, base.device)
+        points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
+        at_point = trains and points.graph is points.latents[0]
+        features = [encode(x) for x in (points.latents[1:] if at_point else points.latents)]
+        if trains:
+            graph, pull_back = linearized(encode, points.graph)
+            features = [graph, *features] if at_point else features
+        if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell
+            return self._evaluate(trains=trains, given=given, timesteps=timesteps, model_kwargs=model_kwargs, **moves)
+        unit = B if self.weighting == "noise" else None
+        weights = self._encoder.weights
+        errors, scales = feature_errors(features, points, weights, self.normalize, unit, self.impl)
+        if not trains:
+            return *errors, None
+        cotangents, size = feature_cotangents(features, points, scales, self.impl)
+        slope = pull_back(cotangents)
+        return *errors, per_sample(size * B, slope) * slope
 
     def features(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **model_kwargs: Any
@@ -206,42 +244,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
         """
-        timesteps = self._checked(latents, timesteps, encoder_hidden_states, model_kwargs, {}, name="latents")
-        return self._encoder(latents, timesteps, encoder_hidden_states, model_kwargs, latents.dtype)
-
-    @torch.inference_mode(False)  # whose tensors cannot be saved for backward
-    @torch.no_grad()
-    def target_features(
-        self,
-        target: Tensor,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        *,
-        variance_noise: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """f(x*): what to keep, and pass to :meth:`errors`, where a sample is trained on with the same noise each time.
-
-        With it and a kept ``ref_error`` a training step evaluates the encoder once. For the estimators that take
-        f(x*), "literal" and "scaled", thus for float32, in which "auto" is one of them; not for ``step="uniform"``.
-
-        Args:
-            target, noisy_latents, timesteps, encoder_hidden_states, variance_noise, **model_kwargs: as in
-                :meth:`errors`, with ``variance_noise=None`` for z = 0.
-
-        Returns:
-            {layer: (B, ...)}, in the dtype that the encoder computes in.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: as in :meth:`errors`.
-        """
-        given = {"target": target, "variance_noise": variance_noise}
-        timesteps = self._checked(noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given)
-        dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, target.dtype), torch.float32)
-        back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype)
-        base = back.latents(noisy_latents.to(dtype), target.to(dtype), variance_noise)
-        return self._encoder(base, back.timesteps, encoder_hidden_states, model_kwargs, noisy_latents.dtype)
+        timesteps, given = self._checked(latents, timesteps, encoder_hidden_states, model_kwargs, {}, name="latents")
+        return self._encoder(latents, timesteps, given, latents.dtype)
 
     def _checked(
         self,
@@ -252,31 +256,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         like_latents: Mapping[str, Tensor | None],
         name: str = "noisy_latents",
         pairs: bool = False,
-    ) -> Tensor:
-        """What every method is given, looked over; the timesteps, one for each sample."""
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Checks what every method is given; returns one timestep for each sample, and the conditioning."""
         given = {key: value for key, value in like_latents.items() if value is not None}
         check_latents(name, latents, self._encoder.channels, pairs, **given)
-        timesteps = expand_timesteps(timesteps, latents)
-        self._encoder.check_conditioning(latents, text, model_kwargs)
-        return timesteps
-
-    def _check_target_features(
-        self, kept: dict[str, Tensor], latents: Tensor, estimator: Estimator, draws: bool
-    ) -> None:
-        dtype = self._encoder.compute_dtype(latents.device)
-        if estimator.kind not in ("literal", "scaled") or self.step == "uniform":
-            why = f"difference {estimator.kind!r} in {dtype}, step={self.step!r}"
-            must_be = "None unless differences start at the target ('literal', 'scaled')"
-            raise bad("target_features", f"{must_be}, with a step that is not random", f"given, with {why}")
-        if draws:
-            raise bad("target_features", "None where variance_noise is drawn from a generator", "given")
-        if kept.keys() != self._encoder.weights.keys():
-            raise bad("target_features", f"of the layers {sorted(self._encoder.weights)}", f"of {sorted(kept)}")
-        for layer, features in kept.items():
-            name = f"target_features[{layer!r}]"
-            check_rows(name, check_floating(name, features), latents)
-            if features.dtype != dtype:
-                raise bad(name, f"in the dtype that the encoder computes in, {dtype}", features.dtype)
+        return expand_timesteps(timesteps, latents), self._encoder.conditioned(latents, text, model_kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
         """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""

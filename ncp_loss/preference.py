@@ -74,7 +74,7 @@ def ncp_dpo_loss(
         )
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
-    error, from_pred = ncp(*inputs, ref_pred=ref_pred, pairs=True, per_sample=True, **options)
+    error, from_pred = ncp.errors(*inputs, ref_pred=ref_pred, pairs=True, **options)
     ref = ref_error if from_pred is None else from_pred
     chosen, rejected = error.chunk(2)
     ref_chosen, ref_rejected = check_like("ref_error", ref, "the batch's errors", error).detach().chunk(2)
@@ -122,7 +122,7 @@ def ncp_cpo_loss(
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
-    error, _ = ncp(*inputs, pairs=True, per_sample=True, **options)
+    error, _ = ncp.errors(*inputs, pairs=True, **options)
     chosen, rejected = error.chunk(2)
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
@@ -164,6 +164,6 @@ def ncp_sft_loss(
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
-    error, _ = ncp(*inputs, per_sample=True, **options)
+    error, _ = ncp.errors(*inputs, **options)
     loss = sft_loss(error, reduction=reduction)
     return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})

@@ -241,7 +241,12 @@ ROWS += [
     ],
     built("difference", "difference must be one of 'auto', ", difference="exact"),
     built("weighting", "weighting must be one of 'noise', None; it was 'snr'", weighting="snr"),
-    built("impl", "impl must be one of 'auto', 'eager'", impl="cuda"),
+    built("impl", "impl must be one of 'eager', 'triton'; it was 'cuda'", impl="cuda"),
+    built("impl: auto", "impl must be one of 'eager', 'triton'; it was 'auto'", impl="auto"),
+    built("difference: gone", "difference must be one of 'auto', 'central', 'literal', 'scaled'", difference="tangent"),
+    built("chunk_size: 0", "chunk_size must be None or a positive int; it was 0", chunk_size=0),
+    built("chunk_size: bool", "chunk_size must be None or a positive int; it was True", chunk_size=True),
+    built("chunk_size: float", "chunk_size must be None or a positive int; it was 2.0", chunk_size=2.0),
     built("reduction", "reduction must be one of 'mean', 'none', 'sum'", reduction="avg"),
     *[
         built(
@@ -307,47 +312,14 @@ ROWS += [
 ]
 
 
-def kept(loss: NCP, features: Any) -> Any:
-    return loss.errors(**batch(unet(), **SIZE), target_features=features)
-
-
 def drawn(**given: Any) -> Any:
     loss, arguments = NCP(unet(), step="uniform"), batch(unet(), pairs=True, **SIZE)
     del arguments["ref_pred"]
     return ncp_dpo_loss(loss, **arguments, ref_error=torch.ones(4), **given)
 
 
-KEPT = {"down_blocks": torch.zeros(2, 16, 4, 4)}
 ROWS += [
     Bad("kept error, drawn steps", drawn, "ref_error must be None for step='uniform' without a generator"),
-    Bad(
-        "kept: drawn noise",
-        lambda: ncp().errors(
-            **changed(batch(unet(), **SIZE), {"variance_noise": None}),
-            target_features=KEPT,
-            generator=torch.Generator(),
-        ),
-        "target_features must be None where variance_noise is drawn from a generator",
-    ),
-    Bad(
-        "kept: dtype",
-        lambda: kept(ncp(), {"down_blocks": torch.zeros(2, 16, 4, 4).bfloat16()}),
-        "target_features['down_blocks'] must be in the dtype that the encoder computes in, torch.float32; it was tor",
-    ),
-    Bad("kept: central", lambda: kept(NCP(unet(), difference="central"), KEPT), "target_features must be None unless"),
-    Bad("kept: uniform", lambda: kept(NCP(unet(), step="uniform"), KEPT), "target_features must be None unless"),
-    Bad("kept: layers", lambda: kept(ncp(), {}), "target_features must be of the layers ['down_blocks']; it was of []"),
-    Bad(
-        "kept: rows",
-        lambda: kept(ncp(), {"down_blocks": torch.zeros(3, 16, 4, 4)}),
-        "target_features['down_blocks'] must be one row per sample, 2; it was shaped (3, 16, 4, 4)",
-    ),
-    Bad(
-        "kept: integers",
-        lambda: kept(ncp(), {"down_blocks": torch.zeros(2, 1).int()}),
-        "target_features['down_blocks'] must be a floating-point tensor",
-        TypeError,
-    ),
 ]
 
 

@@ -19,7 +19,7 @@ def precision_rows() -> list[str]:
     found = {(r["network"], r["compute"], r["estimator"]): r for r in result("precision")["summary"]}
     rows = []
     for compute in [c for c in COMPUTES if c != "float64"]:
-        for estimator in ("literal", "auto", "tangent"):
+        for estimator in ("literal", "auto"):
             of = [found[network, compute, estimator] for network in NETWORKS]
             cells = [f"{r['ratio']:.4g} / {r['cosine']:.4f}" for r in of]
             label = " ".join(COMPUTES[compute].label.split())
@@ -34,8 +34,25 @@ def lora_rows() -> list[str]:
         + " | ".join("{cosine:.4f} ({worst:.4f})".format(**found[n, compute, estimator]) for n in NETWORKS)
         + " |"
         for compute in ("float16", "bfloat16")
-        for estimator in ("literal", "auto", "tangent")
+        for estimator in ("literal", "auto")
     ]
+
+
+def share(error: float) -> str:
+    """A relative error: in percent, or as a multiple where it is larger than what it is the error of."""
+    return f"{error:.1%}" if error < 1 else f"{error:.0f} times"
+
+
+def margin_rows() -> list[str]:
+    found = {(r["network"], r["compute"], r["estimator"]): r for r in result("precision")["margins"]}
+    rows = []
+    for compute in [c for c in COMPUTES if c != "float64"]:
+        for estimator in ("literal", "auto"):
+            of = [found[network, compute, estimator] for network in NETWORKS]
+            cells = [" / ".join(share(r[moved]) for moved in ("0.1", "0.01")) for r in of]
+            label = " ".join(COMPUTES[compute].label.split())
+            rows.append(f"| {label} | {estimator} | {' | '.join(cells)} |")
+    return rows
 
 
 def alignment_rows() -> list[str]:
@@ -43,7 +60,9 @@ def alignment_rows() -> list[str]:
     for row in result("alignment")["summary"]:
         seeds = " | ".join(f"{value:.3f}" for key, value in row.items() if key.startswith("seed "))
         reward = f"{row['reward']:.3f} ± {row['reward sd']:.3f}"
-        rows.append(f"| {row['arm']} | {seeds} | {reward} | {row['win rate']:.3f} ± {row['win rate sd']:.3f} |")
+        margin = f"{row['same sign']:.0%} | {share(row['margin error'])}"
+        win_rate = f"{row['win rate']:.3f} ± {row['win rate sd']:.3f}"
+        rows.append(f"| {row['arm']} | {seeds} | {reward} | {win_rate} | {margin} |")
     return rows
 
 
@@ -107,5 +126,5 @@ def test_the_performance_page_shows_the_committed_figures():
 
 def test_the_precision_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "precision.md").read_text()
-    for row in precision_rows() + lora_rows() + alignment_rows():
+    for row in margin_rows() + precision_rows() + lora_rows() + alignment_rows():
         assert row in page, row

@@ -83,21 +83,6 @@ def test_auto_is_right_in_half_precision(make, seed, dtype, t, error):
     assert abs(ratio - 1) <= (0.06 if dtype == BF16 else 0.03)
 
 
-@pytest.mark.slow
-@settings(max_examples=8)
-@given(
-    make=st.sampled_from([sd15, sdxl]),
-    seed=st.integers(0, 10_000),
-    dtype=st.sampled_from([BF16, FP16]),
-    t=TIMESTEPS,
-    error=st.sampled_from([0.3, 0.05, 0.01]),
-)
-def test_tangent_is_right_in_half_precision(make, seed, dtype, t, error):
-    ratio, cosine = measured(make(seed), dtype, "tangent", t, error, seed)
-    assert cosine >= 0.999
-    assert abs(ratio - 1) <= 0.02
-
-
 @pytest.mark.parametrize("error", [0.3, 0.05, 0.01])
 @pytest.mark.parametrize("t", [1, 500, 999])
 def test_auto_is_right_in_float32(t, error):
@@ -121,7 +106,7 @@ def test_the_published_definition_is_rounding_noise_in_bf16_where_auto_is_not():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("difference", ["scaled", "central", "tangent", "auto"])
+@pytest.mark.parametrize("difference", ["scaled", "central", "auto"])
 def test_value_and_gradient_are_continuous_through_zero_error(difference, name):
     """Along a line through the target the error is a parabola and its gradient a straight line, however near to it."""
     half, _ = rounded(sd15(), DTYPES[name])
@@ -195,16 +180,15 @@ def test_the_lora_gradient_of_ncp_dpo_agrees_with_float64s(name):
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float64, 4), (torch.float32, 4), (FP16, 5), (BF16, 6)])
 def test_auto_costs_at_most_half_more_encoder_work_in_bf16_and_a_quarter_more_in_fp16(dtype, expected):
-    """In batches: target and reference, the model's forward and its backward pass are the definition's four."""
+    """One call a point and one backward pass; target, reference, model and backward are the definition's four."""
     unet = sd15(dtype=dtype)
     ncp, calls = NoiseConditionedPerceptualLoss(unet), []
     ncp._encoder.view.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
     ncp.errors(**batch(unet, 3))
-    assert [graph for _, graph in calls] == [False, True]
-    assert sum(rows for rows, _ in calls) / 3 + 1 == expected
+    assert calls == [(3, False)] * (expected - 2) + [(3, True)]
 
 
-@pytest.mark.parametrize("difference", ["literal", "scaled", "central", "tangent"])
+@pytest.mark.parametrize("difference", ["literal", "scaled", "central"])
 def test_the_memory_format_changes_no_value(difference):
     unet = sd15()
     arguments = batch(unet, 2, height=8, width=8)
@@ -221,7 +205,7 @@ def test_without_a_gradient_to_take_nothing_is_evaluated_for_one():
     ncp._encoder.view.register_forward_pre_hook(lambda m, a: calls.append(len(a[0])))
     with torch.no_grad():
         error, ref_error = ncp.errors(**arguments)
-    assert calls == [12]
+    assert calls == [3] * 4
     assert torch.equal(error, with_gradient)
     assert torch.equal(ref_error, with_ref)
     assert not error.requires_grad
@@ -229,9 +213,9 @@ def test_without_a_gradient_to_take_nothing_is_evaluated_for_one():
 
 def test_auto_knows_what_the_model_computes_in():
     assert choose("auto", torch.float64, CUDA).kind == "literal"
-    assert choose("auto", torch.float32, CPU) == Estimator("scaled", 0.001)
-    assert choose("auto", FP16, CPU) == Estimator("central", 0.02)
-    assert choose("auto", BF16, CUDA) == Estimator("central", 0.06, graph_at_end=False)
+    assert choose("auto", torch.float32, CPU) == Estimator("scaled", 0.0005, 0.0005)
+    assert choose("auto", FP16, CPU) == Estimator("central", 0.02, 0.02)
+    assert choose("auto", BF16, CUDA) == Estimator("central", 0.045, 0.06, graph_at_point=False)
     assert choose("literal", BF16, CPU).kind == "literal"
 
 

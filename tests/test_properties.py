@@ -210,40 +210,14 @@ def test_sdxl_sizes_are_not_rounded_to_the_models_dtype():
     assert torch.equal(seen[0], ids.flatten())
 
 
-@pytest.mark.parametrize("difference", ["literal", "scaled"])
-@pytest.mark.parametrize("layer", ["down_blocks", ["down_blocks.0", "mid_block"]])
-def test_kept_target_features_change_neither_value_nor_gradient_and_save_an_evaluation(difference, layer):
-    unet = sd15()
-    arguments = batch(unet, 2, pairs=True)
-    ncp = NoiseConditionedPerceptualLoss(unet, layer, difference=difference)
-    kept = ncp.target_features(**{k: v for k, v in arguments.items() if k not in ("model_pred", "ref_pred")})
-    calls = []
-    ncp._encoder.view.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    prediction = arguments["model_pred"]
-    fresh = ncp_dpo_loss(ncp, **arguments, beta=1e5).loss
-    reused = ncp_dpo_loss(ncp, **arguments, target_features=kept, beta=1e5).loss
-    assert calls == [8, 4, 4, 4]
-    torch.testing.assert_close(reused, fresh, rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(loss, prediction)[0] for loss in (fresh, reused)]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-
-    calls.clear()
-    ref_error = ncp.errors(**arguments)[1]
-    calls.clear()
-    del arguments["ref_pred"]
-    ncp_dpo_loss(ncp, **arguments, target_features=kept, ref_error=ref_error)
-    assert calls == [4]  # one evaluation, the model's
-
-
-@pytest.mark.parametrize("difference", ["literal", "scaled", "central", "tangent"])
+@pytest.mark.parametrize("difference", ["literal", "scaled", "central"])
 def test_a_second_derivative_is_refused_not_zero(difference):
-    """The graph carries first derivatives: what they were made of is not in it."""
+    """The gradient comes with the error: what it was made of is in no graph."""
     arguments = batch(UNET, 1, height=4, width=4)
     convolutions = NoiseConditionedPerceptualLoss(UNET, "down_blocks.0.resnets.0", difference=difference)
     error, _ = convolutions.errors(**arguments)
-    slope = torch.autograd.grad(error.sum(), arguments["model_pred"], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.square().sum().backward()
+    with pytest.raises(RuntimeError, match="ncp errors have first derivatives only"):
+        torch.autograd.grad(error.sum(), arguments["model_pred"], create_graph=True)
 
 
 def test_a_layer_that_is_silent_adds_nothing_to_a_normalized_error():
