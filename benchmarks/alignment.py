@@ -2,7 +2,8 @@
 
 Three arms, the same seeds, pairs and noise in each: the loss's encoder in float32, in bf16 with "auto", and in bf16
 with the published definition, "literal". Only the loss's encoder changes: the model in training and its reference are
-float32 in all arms. Writes alignment.csv (the curves), alignment.json (final rewards and win rates) and alignment.png.
+float32 in all arms. At each evaluation the arm's margins on 32 pairs are set against float32's. Writes alignment.csv
+(the curves), alignment.json (final rewards, win rates and margins) and alignment.png.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import report
 from examples.demo import BETA, Verdict, align, preference_pairs, win_rate
-from examples.digits import CLASSES, Judge, load_unet, new_scheduler, sample, seeded_noise
+from examples.digits import CLASSES, Judge, condition, load_unet, new_scheduler, sample, seeded_noise
 from ncp_loss import NoiseConditionedPerceptualLoss
 
 
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
         for arm in ARMS:
             curve, share = kept.get(f"{seed} {arm.label}", lambda arm=arm, start=start: trained(arm, start(), args))
             rows += [{"arm": arm.label, "seed": seed, **row} for row in curve]
-            final[arm.label].append({"seed": seed, "reward": curve[-1]["reward"], "win rate": share})
+            last = {key: curve[-1][key] for key in ("reward", "same sign", "margin error")}
+            final[arm.label].append({"seed": seed, "win rate": share, **last})
             print(f"{arm.label}, seed {seed}: reward {curve[-1]['reward']:.3f}, win rate {share:.3f}", flush=True)
 
     summary = [
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
             **{f"seed {row['seed']}": row["reward"] for row in results},
             **spread("reward", [row["reward"] for row in results]),
             **spread("win rate", [row["win rate"] for row in results]),
+            "same sign": statistics.mean(row["same sign"] for row in results),
+            "margin error": statistics.median(row["margin error"] for row in results),
         }
         for label, results in final.items()
     ]
@@ -113,18 +117,50 @@ def trained(arm: Arm, start: Start, args: argparse.Namespace) -> tuple[list[dict
     """The demo's own loop with the arm's loss: a row per evaluation, and the win rate over the base at the end."""
     unet, encoder = copy.deepcopy(start.base), copy.deepcopy(start.base).to(arm.dtype)
     ncp = NoiseConditionedPerceptualLoss(encoder, schedule=new_scheduler(), difference=arm.difference)
-    curve = {0: start.before}
+    exact = NoiseConditionedPerceptualLoss(start.base, schedule=new_scheduler())
+    curve, margins = {0: start.before}, {0: {"same sign": None, "margin error": None}}
 
     def evaluate(step: int) -> None:
         curve[step] = start.judged(unet)
+        margins[step] = agreement(unet, ncp, exact, start)
 
     torch.manual_seed(start.seed)  # the same adapters, rows, noise and timesteps in every arm
     align(unet, ncp, start.pairs, args, evaluate)
     rows = [
         {"step": step, "reward": v.rewards.mean().item(), "requested digit": v.right.double().mean().item()}
+        | margins[step]
         for step, v in curve.items()
     ]
     return rows, win_rate(start.before, curve[args.steps])[0]
+
+
+@torch.no_grad()
+def agreement(
+    unet: UNet2DConditionModel,
+    ncp: NoiseConditionedPerceptualLoss,
+    exact: NoiseConditionedPerceptualLoss,
+    start: Start,
+    count: int = 32,
+) -> dict[str, float]:
+    """How the margins of pairs agree with float32's: the share of the same sign, and the median relative error."""
+    generator = torch.Generator().manual_seed(start.seed)
+    labels, winners, losers = (x[:count] for x in start.pairs)
+    noise = torch.randn(winners.shape, generator=generator).repeat(2, 1, 1, 1)
+    timesteps = torch.randint(1000, (len(winners),), generator=generator).repeat(2)
+    states = condition(labels.repeat(2))
+    noisy = new_scheduler().add_noise(torch.cat([winners, losers]), noise, timesteps)
+    predictions = {"model_pred": unet(noisy, timesteps, states).sample}
+    predictions["ref_pred"] = start.base(noisy, timesteps, states).sample
+
+    def margin(loss: NoiseConditionedPerceptualLoss) -> Tensor:
+        inputs = {"target": noise, "noisy_latents": noisy, "timesteps": timesteps, "encoder_hidden_states": states}
+        error, ref_error = loss.errors(**inputs, **predictions, pairs=True)
+        chosen, rejected = (ref_error - error).chunk(2)
+        return chosen - rejected
+
+    found, right = margin(ncp), margin(exact)
+    same = (found.sign() == right.sign()).double().mean().item()
+    return {"same sign": same, "margin error": ((found - right).abs() / right.abs()).median().item()}
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:

@@ -25,11 +25,13 @@ from triton.compiler import ASTSource
 
 from benchmarks import report
 from ncp_loss import error, fused
+from ncp_loss.difference import Stencil
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPE = (8, 1280, 16, 16)  # SD 1.5's down stack at 1024 x 1024 pixels, four pairs
-TARGETS = {"mean square": "features to (B,)", "scaled difference": "features to their gradient"}
+TARGETS = {"sums": "features of four points to (B,)", "cotangent": "features of four points to theirs"}
+POINTS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     shape = (2, 8, 4, 4) if args.tiny else tuple(args.shape)
     compiled = [
         {"kernel": kernel.__name__, "GPU": ARCHITECTURES[sm], "dtype": dtype} | compiled_to(kernel, dtype, sm)
-        for kernel in (fused.square_kernel, fused.difference_kernel)
+        for kernel in (fused.sums_kernel, fused.combined_kernel)
         for sm in ARCHITECTURES
         for dtype in DTYPES
     ]
@@ -57,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
 
 def compiled_to(kernel: Any, dtype: str, sm: int) -> dict[str, Any]:
     """Ahead of time, for pointers and sizes that 16 divides, as torch's allocator and real features have them."""
-    pointer = dict.fromkeys(("plus", "minus", "out"), f"*{dtype}") | {"partial": "*fp32", "slope": "*fp32"}
-    constants = {"HAS_MINUS": True, "BLOCK": fused.BLOCK, "ROUNDS": fused.ROUNDS}
+    pointer = dict.fromkeys(("f0", "f1", "f2", "f3", "out"), f"*{dtype}")
+    pointer |= {"partial": "*fp32", "coefficients": "*fp32"}
+    constants = {"POINTS": POINTS, "TARGET": True, "BLOCK": fused.BLOCK, "ROUNDS": fused.ROUNDS}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointer.get(name, "i32") for name in names}
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
@@ -87,32 +90,48 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def passes_of(shape: tuple[int, ...], device: torch.device) -> Any:
-    """What each pass moves and allocates, one end's features being 1, and its time."""
+    """What each pass moves and allocates, one point's features being 1, its time, and how far the two agree."""
     for name, dtype in DTYPES.items():
-        plus, minus = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-        slope, size = torch.randn(shape[0], device=device), plus.nbytes
+        features = [torch.randn(shape, device=device).to(dtype) for _ in range(POINTS)]
+        coefficients, size = torch.randn(3, POINTS, shape[0], device=device), features[0].nbytes
+        points = Stencil([], coefficients[0], coefficients[1], coefficients[2], coefficients)
         eager: dict[str, Callable[[], Tensor]] = {
-            "mean square": lambda plus=plus, minus=minus: error._mean_square(plus, minus, False),
-            "scaled difference": lambda p=plus, m=minus, s=slope: error._scaled_difference(p, m, s, False),
+            "sums": lambda f=features, p=points: error._sums(f, p, True, "eager")[0],
+            "cotangent": lambda f=features, c=coefficients: error._cotangent(f, c[0], "eager"),
         }
         kernels: dict[str, Callable[[], Tensor]] = {
-            "mean square": lambda plus=plus, minus=minus: fused.mean_square(plus, minus),
-            "scaled difference": lambda p=plus, m=minus, s=slope: fused.scaled_difference(p, m, s),
+            "sums": lambda f=features, c=coefficients: fused.sums(f, c)[:3],
+            "cotangent": lambda f=features, c=coefficients: fused.combined(f, c[0]),
         }
         for what in TARGETS:
             with Traffic() as traffic:
                 eager[what]()
-            needed = 2 * size + (size if what == "scaled difference" else 0)
+            made = int(what == "cotangent")
             yield {
                 "pass": what,
                 "dtype": name,
                 "eager moves": round(traffic.moved / size, 2),
-                "kernel moves": needed / size,
+                "kernel moves": POINTS + made,
                 "eager allocates": round(traffic.allocated / size, 2),
-                "kernel allocates": (needed - 2 * size) / size,
+                "kernel allocates": made,
                 "eager, ms": milliseconds(eager[what], device),
                 "kernel, ms": milliseconds(kernels[what], device),
+                "faster": faster(eager[what], kernels[what], device),
+                "relative difference": disagreement(eager[what], kernels[what], device),
             }
+
+
+def faster(eager: Callable[[], Tensor], kernel: Callable[[], Tensor], device: torch.device) -> str:
+    times = [milliseconds(step, device) for step in (eager, kernel)]
+    return "not measured" if isinstance(times[0], str) else ("eager", "kernel")[times[1] < times[0]]
+
+
+def disagreement(eager: Callable[[], Tensor], kernel: Callable[[], Tensor], device: torch.device) -> float | str:
+    """The largest difference between the two, over the largest value; tests compare them interpreted on a CPU."""
+    if device.type != "cuda":
+        return "not measured"
+    found, right = kernel().double(), eager().double()
+    return ((found - right).abs().max() / right.abs().max()).item()
 
 
 class Traffic(TorchDispatchMode):
@@ -150,6 +169,6 @@ def draw(path: Path, passes: list[dict[str, Any]]) -> None:
                 )
         axis.set_xticks(range(len(rows)), [row["dtype"] for row in rows])
         axis.set_title(f"{what}: {meaning}", fontsize=10)
-    axes[0].set_ylabel("bytes moved, features of one end = 1")
+    axes[0].set_ylabel("bytes moved, features of one point = 1")
     axes[0].legend(frameon=False)
     report.save_figure(path, figure)

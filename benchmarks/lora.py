@@ -21,7 +21,7 @@ from examples.digits import CLASSES, add_lora, condition, new_scheduler, real_di
 from ncp_loss import NoiseConditionedPerceptualLoss, frozen_view, ncp_dpo_loss
 
 PAIRS, BATCHES = 4, 4
-DIFFERENCES = ["literal", "tangent", "auto"]
+DIFFERENCES = ["literal", "auto"]
 
 
 def lora_gradients(network: str, args: argparse.Namespace, kept: Kept) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 Every tensor that an operation makes is followed until nobody holds it. "Held" is what is alive as the backward pass
 begins, which is what it needs; the peak is that of the whole step; both are beyond what existed before, and counted by
-storage. What the process takes from the system, or from the GPU, is its own account: kernels' workspaces included, in
-whole pages. Weights held beyond the user's model are counted too. Writes memory.csv, memory.json and memory.png.
+storage. "The loss holds" is what is alive once the loss is computed, beyond what was before its call. What the process
+takes from the system, or from the GPU, is its own account: kernels' workspaces included, in whole pages. Weights held
+beyond the user's model are counted too. Then the peak is followed over batch sizes, with all samples evaluated at once
+and with ``chunk_size=2``, one pair. Writes memory.csv, memory.json and memory.png.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import report
 from benchmarks.steps import LATENTS, MODELS, Steps
 from ncp_loss import NoiseConditionedPerceptualLoss
+from ncp_loss.encoder import linearized
 
 BASE = "latent DPO"
 
@@ -33,20 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=int, help=f"height and width; default: {LATENTS}")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--layer", choices=["down_blocks", "mid_block"], default="mid_block")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 32], help="rows, for the peak by batch size")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.tiny:
-        args.model = "tiny"
+        args.model, args.batches = "tiny", [2, 4]
     latents = args.latents or LATENTS[args.model]
     steps = Steps(args.model, latents, args.pairs, args.layer, torch.float32, args.device)
-    checkpointed = NoiseConditionedPerceptualLoss(steps.unet, args.layer, schedule=steps.scheduler, checkpoint=True)
+    make = partial(NoiseConditionedPerceptualLoss, steps.unet, args.layer, schedule=steps.scheduler)
+    checkpointed = make(checkpoint=True)
     contenders: dict[str, Callable[[], Any]] = {
         BASE: steps.latent,
         "NCP as published": steps.published_step,
         "ncp_loss": steps.perceptual,
         "ncp_loss, checkpoint=True": lambda: steps.perceptual(checkpointed),
-        "ncp_loss, kept reference": steps.kept_reference,
+        "ncp_loss, kept reference error": steps.kept_error,
     }
     weights = {
         "NCP as published": own_bytes(steps.published.encoder, steps.unet),
@@ -56,28 +62,67 @@ def run(args: argparse.Namespace) -> None:
     found = {name: held_and_peak(steps, step) for name, step in contenders.items()}
     taken = {name: taken_by_process(step, args.device) for name, step in contenders.items()}
     base = found[BASE]
-    extra = found["ncp_loss"][0] - base[0]
     rows = [
         {
             "step": name,
             "held for backward, MB": held / 1e6,
             "beyond latent DPO, MB": (held - base[0]) / 1e6,
-            "over ncp_loss's": (held - base[0]) / extra,
             "peak, MB": peak / 1e6,
             "peak beyond latent DPO, MB": (peak - base[1]) / 1e6,
             "process, MB": None if taken[name] is None else taken[name] / 1e6,
+            "the loss holds, MB": held_by_loss(steps, name) / 1e6,
             "weights beyond the model, MB": weights.get(name, 0) / 1e6,
         }
         for name, (held, peak) in found.items()
     ]
     settings = {key: getattr(args, key) for key in ("model", "pairs", "layer")} | {"latents": latents}
-    activations = encoder_activations(steps)
-    content = {"settings": settings, "steps": rows, "encoder activations, MB": activations / 1e6}
+    activations = encoder_activations(steps) / (2 * args.pairs) * 2  # of one pair
+    batches = [row for size in args.batches for row in of_batch(size, args, latents)]
+    content = {
+        "settings": settings,
+        "steps": rows,
+        "a pair's encoder activations, MB": activations / 1e6,
+        "one prediction, MB": steps.noise.nbytes / 1e6,
+        "batches": batches,
+    }
     report.write_csv(args.out / "memory.csv", rows)
     report.write_json(args.out / "memory.json", report.record(args.device) | content)
-    draw(args.out / "memory.png", rows, f"{args.model}, {latents} x {latents} latents, {args.layer}, float32")
+    title = f"{args.model}, {latents} x {latents} latents, {args.layer}, float32"
+    draw(args.out / "memory.png", rows, batches, activations / 1e6, title)
     report.print_table("A training step", rows, dict.fromkeys(rows[0], ".2f") | {"step": ""})
-    print(f"what the encoder alone holds for its backward pass: {activations / 1e6:.2f} MB")
+    report.print_table("Peak by batch size", batches, {"peak beyond latent DPO, MB": ".2f"})
+    print(f"what the encoder alone holds for the backward pass of a pair: {activations / 1e6:.2f} MB")
+
+
+def of_batch(size: int, args: argparse.Namespace, latents: int) -> list[dict[str, Any]]:
+    """The peak of a step beyond latent DPO's, all samples evaluated at once and a pair at a time."""
+    steps = Steps(args.model, latents, size // 2, args.layer, torch.float32, args.device)
+    steps.perceptual()
+    base = held_and_peak(steps, steps.latent)[1]
+    rows = []
+    for chunk_size in (None, 2):
+        options: dict[str, Any] = {"schedule": steps.scheduler, "chunk_size": chunk_size}
+        ncp = NoiseConditionedPerceptualLoss(steps.unet, args.layer, **options)
+        peak = held_and_peak(steps, partial(steps.perceptual, ncp))[1]
+        rows.append({"rows": size, "chunk_size": str(chunk_size), "peak beyond latent DPO, MB": (peak - base) / 1e6})
+    return rows
+
+
+def held_by_loss(steps: Steps, name: str) -> int:
+    """What is alive when the loss has been computed from given predictions, beyond what was."""
+    model_pred, ref_pred = steps.predict(), steps.predict_reference()
+    inputs = {
+        "NCP as published": lambda: steps.published(model_pred, ref_pred, steps),
+        BASE: lambda: steps.latent_loss(model_pred, ref_pred),
+        "ncp_loss, kept reference error": lambda: steps.dpo(steps.ncp, model_pred, ref_error=steps.ref_error),
+    }
+    make = inputs.get(name, lambda: steps.dpo(steps.ncp, model_pred, ref_pred=ref_pred))
+    with Alive() as alive:
+        loss = make()
+        gc.collect()
+        held = alive.now
+    del loss
+    return held
 
 
 def own_bytes(encoder: nn.Module, unet: nn.Module) -> int:
@@ -121,11 +166,10 @@ def _resident(which: str) -> int:
 
 def encoder_activations(steps: Steps) -> int:
     """What the encoder alone holds for its backward pass, its features included."""
-    latents = steps.noisy.detach().requires_grad_()
     with Alive() as alive:
-        features = steps.ncp._encoder(latents, steps.timesteps, steps.text, steps.extra, latents.dtype)
+        features, pull_back = linearized(steps.encode, steps.noisy)
         held = alive.now
-    del features
+    del features, pull_back
     return held
 
 
@@ -158,20 +202,31 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    figure, (axis,) = report.new_figure(width=8, height=0.5 * len(rows) + 1.4)
+def draw(path: Path, rows: list[dict[str, Any]], batches: list[dict[str, Any]], activations: float, title: str) -> None:
+    """What a step holds, a bar for each contender; the peak beyond latent DPO's by batch size."""
+    figure, (held, peak) = report.new_figure(2, width=12, height=0.5 * len(rows) + 1.6)
+    left, right = "held for backward, MB", "weights beyond the model, MB"
     for i, row in enumerate(rows):
-        axis.barh(i, row["held for backward, MB"], color=report.BLUE, alpha=0.85, height=0.6)
-        axis.barh(
-            i, row["weights beyond the model, MB"], left=row["held for backward, MB"], color=report.RED, height=0.6
-        )
-    axis.barh(0, 0, color=report.BLUE, label="held for the backward pass")
-    axis.barh(0, 0, color=report.RED, label="weights beyond the user's model")
-    axis.set_yticks(range(len(rows)), [row["step"] for row in rows])
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_xlabel("MB")
-    axis.set_title(title, fontsize=11)
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+        held.barh(i, row[left], color=report.BLUE, alpha=0.85, height=0.6)
+        held.barh(i, row[right], left=row[left], color=report.RED, height=0.6)
+    held.barh(0, 0, color=report.BLUE, label="held for the backward pass")
+    held.barh(0, 0, color=report.RED, label="weights beyond the user's model")
+    held.set_yticks(range(len(rows)), [row["step"] for row in rows])
+    held.invert_yaxis()
+    held.grid(axis="y", visible=False)
+    held.grid(axis="x", alpha=0.25)
+    held.set_xlabel("MB")
+    held.set_title(title, fontsize=11)
+    held.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    for chunk, color in (("None", report.GREY), ("2", report.BLUE)):
+        mine = [row for row in batches if row["chunk_size"] == chunk]
+        values = [row["peak beyond latent DPO, MB"] for row in mine]
+        peak.plot([row["rows"] for row in mine], values, marker="o", color=color, label=f"chunk_size={chunk}")
+    peak.axhline(activations, color=report.ORANGE, ls="--", lw=1.2, label="the encoder's activations of one pair")
+    peak.set(xscale="log", yscale="log", xlabel="rows of the batch", ylabel="MB")
+    sizes = list(dict.fromkeys(row["rows"] for row in batches))
+    peak.set_xticks(sizes, [str(size) for size in sizes])
+    peak.minorticks_off()
+    peak.set_title("Peak of a step, beyond latent DPO's", fontsize=11)
+    peak.legend(frameon=False, fontsize=9)
     report.save_figure(path, figure)

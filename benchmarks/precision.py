@@ -1,8 +1,10 @@
-"""Error and gradient of every estimator in every precision, against the literal definition in float64.
+"""Error, gradient and margin of every estimator in every precision, against the literal definition in float64.
 
 The weights are rounded once to what bf16 and fp16 both hold, so that every precision has the same network; latents,
-predictions and truths are fed in float32 to all. Writes precision.csv (a line per network, layer, precision, estimator,
-timestep and error size), precision.json (summary, costs, LoRA gradients, range of activations) and precision.png.
+predictions and truths are fed in float32 to all. A margin is the model's error less the reference's, where the model
+predicts what its reference does, moved in a random direction by 10%, 1% or 0.1% of the reference's error. Writes
+precision.csv (a line per network, layer, precision, estimator, timestep and error size), precision.json (summary,
+margins, costs, LoRA gradients, range of activations) and precision.png.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from unittest import mock
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
@@ -36,7 +37,9 @@ from ncp_loss.difference import Estimator
 TIMESTEPS = [1, 5, 20, 100, 500, 900, 999]
 RMS = [0.3, 0.05, 0.01]
 LAYERS = ["down_blocks", "mid_block"]
-ESTIMATORS = ["literal", "scaled", "central", "tangent"]  # "auto" is one of them, and reported with its figures
+MOVED = [0.1, 0.01, 0.001]  # the prediction's distance from the reference's, in its error's size
+MARGIN_RMS, MARGIN_ROWS = 0.1, 3  # the reference's error on a random network, and rows a timestep
+ESTIMATORS = ["literal", "scaled", "central"]  # "auto" is one of them, and reported with its figures
 LITERAL = Estimator("literal")
 Key = tuple[str, str, str, str]  # network, layer, compute, estimator
 
@@ -72,18 +75,26 @@ def run(args: argparse.Namespace) -> None:
         timesteps, rms, layers, samples = [1, 500], [0.05], LAYERS[:1], 1
         args.compute = ["float32", "tf32", "bfloat16", "bf16-fp16"]
     found: dict[Key, list[Sample]] = defaultdict(list)
+    margins: dict[Key, list[tuple[int, float, float]]] = defaultdict(list)  # timestep, moved, relative error
     costs: dict[Key, list[tuple[float, float]]] = defaultdict(list)
     plan = [(n, s, layer) for n in args.networks for s in range(samples) for layer in layers]
     progress = tqdm(total=len(plan) * len(args.compute))
     for network, sample, layer in plan:
         unet, batch = prepared(network, args.seed + sample, args.tiny, timesteps, rms, args.device)
         truth = cache(partial(truth_of, unet, batch, layer, args.device))
+        close = moved_batches(network, unet, args.seed + sample, timesteps, args.device)
+        true_margins = cache(
+            partial(margins_of, in_dtype(unet, torch.float64), layer, LITERAL, close, COMPUTES["float64"])
+        )
         for name in args.compute:
             progress.set_description(f"{network} {layer} {name}")
             make = partial(compared, unet, batch, layer, COMPUTES[name], truth, args.device)
             for estimator, (rows, cost) in kept.get(f"{network} {sample} {layer} {name}", make).items():
                 found[network, layer, name, estimator] += [Sample(*row) for row in rows]
                 costs[network, layer, name, estimator].append(cost)
+            make_margins = partial(compared_margins, unet, close, layer, COMPUTES[name], true_margins, args.device)
+            for estimator, rows in kept.get(f"margins {network} {sample} {layer} {name}", make_margins).items():
+                margins[network, layer, name, estimator] += rows
             progress.update()
     progress.close()
 
@@ -93,10 +104,11 @@ def run(args: argparse.Namespace) -> None:
     lora = [row for network in adapted for row in lora_gradients(network, args, kept)]
     ranges = kept.get("range", lambda: list(ranges_of(args)))
     chosen = {name: COMPUTES[name].estimator("auto", args.device)._asdict() for name in args.compute}
-    content = {"auto": chosen, "summary": summary, "lora": lora, "range": ranges}
+    of_margins = list(margin_summary(margins))
+    content = {"auto": chosen, "summary": summary, "margins": of_margins, "lora": lora, "range": ranges}
     report.write_csv(args.out / "precision.csv", cells)
     report.write_json(args.out / "precision.json", report.record(args.device, kept.seconds) | content, digits=8)
-    draw(args.out / "precision.png", summary)
+    draw(args.out / "precision.png", summary, of_margins)
     kept.done()
     show(content, args.networks)
 
@@ -108,6 +120,7 @@ def show(content: dict[str, Any], networks: list[str]) -> None:
     for network in networks:
         rows = [{k: v for k, v in r.items() if k != "network"} for r in content["summary"] if r["network"] == network]
         report.print_table(NETWORKS[network].label, rows, formats)
+    report.print_table("Relative error of the margin", content["margins"], {str(m): ".3f" for m in MOVED})
     report.print_table("NCP-DPO gradient of LoRA parameters", content["lora"], {"cosine": ".4f", "worst": ".4f"})
     report.print_table("Range of activations, and fp16", content["range"], {"largest activation": ".3g"})
 
@@ -160,6 +173,85 @@ def compared(
     }
 
 
+def moved_batches(
+    network: str, unet: UNet2DConditionModel, seed: int, timesteps: list[int], device: torch.device
+) -> dict[float, Batch]:
+    """For each distance a batch whose prediction is the reference's, moved by it."""
+    batch = NETWORKS[network].batch(unet.cpu(), timesteps * MARGIN_ROWS, [MARGIN_RMS], 2000 + seed)
+    if network == "digits":  # thrice the rows of a random network's batch already
+        batch = NETWORKS[network].batch(unet, timesteps, [MARGIN_RMS], 2000 + seed)
+    unet.to(device)
+    arguments = batch.arguments
+    sizes = torch.tensor(batch.rms).reshape(-1, 1, 1, 1)
+    direction = torch.randn(arguments["target"].shape, generator=torch.Generator().manual_seed(seed))
+    return {
+        moved: batch._replace(
+            arguments=converted(
+                arguments
+                | {
+                    "ref_pred": arguments["model_pred"],
+                    "model_pred": arguments["model_pred"] + moved * sizes * direction,
+                },
+                device,
+            )
+        )
+        for moved in MOVED
+    }
+
+
+def margins_of(
+    unet: UNet2DConditionModel, layer: str, estimator: Estimator, close: dict[float, Batch], compute: Compute
+) -> dict[float, list[float]]:
+    """``error - ref_error`` of each batch's rows."""
+    ncp = NoiseConditionedPerceptualLoss(unet, layer, schedule=new_scheduler())
+    found = {}
+    for moved, batch in close.items():
+        device = batch.arguments["target"].device
+        exact = torch.float64 if compute.weights == torch.float64 else None
+        with compute.forward(device), mock.patch("ncp_loss.loss.choose", return_value=estimator):
+            error, ref_error = ncp.errors(**converted(batch.arguments, device, exact))
+        assert ref_error is not None
+        found[moved] = (error - ref_error).double().tolist()
+    return found
+
+
+def compared_margins(
+    unet: UNet2DConditionModel,
+    close: dict[float, Batch],
+    layer: str,
+    compute: Compute,
+    truth: Callable[[], dict[float, list[float]]],
+    device: torch.device,
+) -> dict[str, list[tuple[int, float, float]]]:
+    """Each estimator's margins: timestep, how far the prediction was moved, and the margin's relative error."""
+    kinds = {name: compute.estimator(name, device) for name in ESTIMATORS}
+    with compute.flags():
+        copied = in_dtype(unet, compute.weights)
+        found = {name: margins_of(copied, layer, kind, close, compute) for name, kind in kinds.items()}
+    found["auto"] = next(found[name] for name, kind in kinds.items() if kind == compute.estimator("auto", device))
+    return {
+        name: [
+            (t, moved, abs(value - right) / abs(right))
+            for moved, values in margins.items()
+            for t, value, right in zip(close[moved].timesteps, values, truth()[moved], strict=True)
+        ]
+        for name, margins in found.items()
+    }
+
+
+def margin_summary(margins: dict[Key, list[tuple[int, float, float]]]) -> Iterator[dict[str, Any]]:
+    """Per network, compute and estimator, for each distance: the median over timesteps and layers."""
+    for network, compute, estimator in dict.fromkeys((n, c, e) for n, _, c, e in margins):
+        rows = [
+            row
+            for (n, _, c, e), found in margins.items()
+            for row in found
+            if (n, c, e) == (network, compute, estimator)
+        ]
+        medians = {str(m): statistics.median(error for _, moved, error in rows if moved == m) for m in MOVED}
+        yield {"network": network, "compute": compute, "estimator": estimator} | medians
+
+
 def samples_of(batch: Batch, result: Measured, truth: Measured) -> list[Sample]:
     ratios = (result.error.double() / truth.error).tolist()
     cosines = cosine_similarity(result.gradient.double().flatten(1), truth.gradient.flatten(1), eps=0).tolist()
@@ -179,8 +271,8 @@ def measured(
     prediction = arguments["model_pred"].detach().requires_grad_()
     rows: list[int] = []
 
-    def count(_: Any, args: tuple[Tensor, ...]) -> None:  # a dual number takes two evaluations
-        rows.append(len(args[0]) * (1 if forward_ad.unpack_dual(args[0]).tangent is None else 2))
+    def count(_: Any, args: tuple[Tensor, ...]) -> None:
+        rows.append(len(args[0]))
 
     def step() -> tuple[Tensor, Tensor]:
         with compute.forward(device), mock.patch("ncp_loss.loss.choose", return_value=estimator):
@@ -299,42 +391,49 @@ class Largest:
                 self.value = max(self.value, x.abs().max().item())
 
 
-def draw(path: Path, summary: list[dict[str, Any]]) -> None:
-    """The gradient's cosine and the error's ratio in each precision; a marker per network, a line to its worst cell."""
-    shown = {"literal": report.RED, "auto": report.BLUE, "tangent": report.GREEN}
+SHOWN = {"literal": report.RED, "auto": report.BLUE}
+
+
+def draw(path: Path, summary: list[dict[str, Any]], margins: list[dict[str, Any]]) -> None:
+    """What training takes from the loss: the margin's error, and the gradient's direction; a marker per network."""
     computes = [c for c in COMPUTES if c != "float64" and any(row["compute"] == c for row in summary)]
     networks = list(dict.fromkeys(row["network"] for row in summary))
-    figure, axes = report.new_figure(2, width=12, height=4.6)
-    for place, (compute, estimator) in enumerate((c, e) for c in computes for e in shown):
-        rows = {row["network"]: row for row in summary if (row["compute"], row["estimator"]) == (compute, estimator)}
-        for i, row in enumerate(rows[n] for n in networks if n in rows):
-            x = place // 3 + 0.27 * (place % 3 - 1) + 0.07 * (i - 1)
-            style = {"color": shown[estimator], "ms": 5, "marker": "os^"[networks.index(row["network"])], "mew": 0}
-            for axis, value, worst in (
-                (axes[0], _lack(row["cosine"]), _lack(row["worst cosine"])),
-                (axes[1], row["ratio"], row["worst ratio"]),
-            ):
-                axis.plot([x, x], [value, worst], color=shown[estimator], lw=1, alpha=0.4)
-                axis.plot([x], [value], ls="", **style)
+    figure, axes = report.new_figure(3, width=15, height=4.8)
+
+    def points(axis: Any, rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
+        for row in rows:
+            if row["compute"] not in computes or row["estimator"] not in SHOWN:
+                continue
+            side = 0.18 * (2 * list(SHOWN).index(row["estimator"]) - 1)
+            x = computes.index(row["compute"]) + side + 0.08 * (networks.index(row["network"]) - 1)
+            marker = "os^"[networks.index(row["network"])]
+            axis.plot([x], [value(row)], ls="", color=SHOWN[row["estimator"]], marker=marker, ms=5.5, mew=0)
+
+    points(axes[0], margins, lambda row: max(row["0.01"], 1e-4))
+    points(axes[1], summary, lambda row: _lack(row["cosine"]))
+    points(axes[2], summary, lambda row: row["ratio"])
     for axis in axes:
         axis.set_yscale("log")
-        axis.set_xticks(range(len(computes)), [COMPUTES[c].label for c in computes], fontsize=8)
+        axis.set_xticks(range(len(computes)), [COMPUTES[c].label for c in computes], fontsize=7.5)
         axis.tick_params(axis="x", length=0)
-    axes[0].invert_yaxis()
-    ticks = [1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    axes[0].set_yticks(ticks, ["0", "0.9", "0.99", "0.999", "0.9999", "0.99999", "1"])
-    axes[0].set_ylim(1.6, 6e-7)
-    axes[0].set_title("Cosine of the gradient with float64's (1 is right)", fontsize=11)
-    axes[1].set_title("Error over float64's (1 is right)", fontsize=11)
-    axes[1].set_yticks([1, 10, 100, 1000, 10000], ["1", "10", "100", "1000", "10000"])
-    for axis in axes:
         axis.minorticks_off()
-    for name, color in shown.items():
-        axes[1].plot([], [], color=color, marker="o", ls="", ms=7, label=name)
+    axes[0].set_title("Margin: its error over the margin itself (0 is right)", fontsize=10.5)
+    axes[0].axhline(1, color=report.GREY, lw=1, ls="--")
+    axes[0].annotate(
+        "as large as the margin", (0, 1), (-8, 3), textcoords="offset points", fontsize=8, color=report.GREY
+    )
+    axes[0].set_yticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["0.1%", "1%", "10%", "100%", "10 times", "100 times"])
+    axes[1].set_title("Gradient: its cosine with float64's (1 is right)", fontsize=10.5)
+    axes[1].set_yticks([1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5], ["0", "0.9", "0.99", "0.999", "0.9999", "0.99999"])
+    axes[1].set_ylim(1.6, 6e-7)
+    axes[2].set_title("Error: over float64's (1 is right)", fontsize=10.5)
+    axes[2].set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    for name, color in SHOWN.items():
+        label = {"literal": "as published", "auto": "ncp_loss"}[name]
+        axes[2].plot([], [], color=color, marker="o", ls="", ms=7, label=label)
     for name, marker in zip(networks, "os^", strict=False):
-        axes[1].plot([], [], color=report.GREY, marker=marker, ls="", ms=6, label=NETWORKS[name].label)
-    axes[1].plot([], [], color=report.GREY, lw=1, label="to the worst timestep and error size")
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=7)
+        axes[2].plot([], [], color=report.GREY, marker=marker, ls="", ms=6, label=NETWORKS[name].label)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=6)
     report.save_figure(path, figure)
 
 

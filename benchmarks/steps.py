@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ncp_loss import NoiseConditionedPerceptualLoss, NoiseSchedule, dpo_loss, frozen_view, ncp_dpo_loss
-from ncp_loss.schedule import ReverseStep
+from ncp_loss import NoiseConditionedPerceptualLoss, dpo_loss, frozen_view, ncp_dpo_loss
+from ncp_loss.encoder import linearized
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}  # diffusers' defaults are the rest of it
 SDXL = {
@@ -71,8 +72,6 @@ class Steps:
                 parameter.add_(0.01 * torch.randn_like(parameter))
         self.reference = frozen_view(self.unet)
         self.ncp = NoiseConditionedPerceptualLoss(self.unet, layer, schedule=self.scheduler)
-        here = CurrentStep(self.scheduler.betas)
-        self.ncp_at_current_step = NoiseConditionedPerceptualLoss(self.unet, layer, schedule=here)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device, dtype=dtype)
@@ -93,9 +92,6 @@ class Steps:
             inputs = self.noise, self.noisy, self.timesteps, self.text
             _, ref_error = self.ncp.errors(self.fixed_ref_pred, *inputs, **self.shared, ref_pred=self.fixed_ref_pred)
             self.ref_error = ref_error
-        self.target_features = (
-            self.ncp.target_features(*inputs, **self.shared) if dtype in (torch.float32, torch.float64) else None
-        )
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -120,34 +116,41 @@ class Steps:
         """The model's forward and backward pass."""
         self.train(self.predict().float().square().mean())
 
+    def encode(self, latents: Tensor) -> dict[str, Tensor]:
+        conditioning = {"encoder_hidden_states": self.text, **self.extra}
+        return self.ncp._encoder(latents, self.timesteps, conditioning, latents.dtype)
+
+    @torch.no_grad()
     def fixed_encoder_part(self) -> None:
-        """What the perceptual loss evaluates without a graph: reference and target, in one batch."""
-        twice, encoder = torch.cat([self.noisy] * 2), self.ncp._encoder
-        with torch.no_grad():
-            encoder(twice, self.timesteps, self.text, self.extra, twice.dtype)
+        """What the perceptual loss evaluates without a graph in float32: two points."""
+        for _ in range(2):
+            self.encode(self.noisy)
 
     def trained_encoder_part(self) -> None:
-        """The encoder's forward and backward pass at the model's prediction."""
-        latents = self.noisy.detach().requires_grad_()
-        features = self.ncp._encoder(latents, self.timesteps, self.text, self.extra, latents.dtype)
-        torch.stack([f.float().square().mean() for f in features.values()]).sum().backward()
+        """The encoder's forward pass at the third point, and its backward pass to the latents."""
+        features, pull_back = linearized(self.encode, self.noisy)
+        pull_back({layer: torch.ones_like(f) for layer, f in features.items()})
 
     # Whole steps.
 
     def latent(self) -> None:
-        errors = [(p.float() - self.noise.float()).square().mean((1, 2, 3)).chunk(2) for p in self._predictions()]
-        self.train(dpo_loss(*errors[0], *errors[1], beta=BETA))
+        self.train(self.latent_loss(*self._predictions()))
 
-    def perceptual(self, ncp: nn.Module | None = None) -> None:
+    def latent_loss(self, *predictions: Tensor) -> Tensor:
+        errors = [(p.float() - self.noise.float()).square().mean((1, 2, 3)).chunk(2) for p in predictions]
+        return dpo_loss(*errors[0], *errors[1], beta=BETA)
+
+    def perceptual(self, ncp: nn.Module | None = None, dpo: Callable[..., Any] = ncp_dpo_loss) -> None:
         model_pred, ref_pred = self._predictions()
-        self.train(self.dpo(self.ncp if ncp is None else ncp, model_pred, ref_pred=ref_pred))
+        self.train(self.dpo(self.ncp if ncp is None else ncp, model_pred, dpo, ref_pred=ref_pred))
 
-    def kept_reference(self) -> None:
+    def kept_prediction(self) -> None:
+        """With the reference's prediction kept from earlier."""
+        self.train(self.dpo(self.ncp, self.predict(), ref_pred=self.fixed_ref_pred))
+
+    def kept_error(self) -> None:
+        """With the reference's error kept from earlier, whose margins are worth less."""
         self.train(self.dpo(self.ncp, self.predict(), ref_error=self.ref_error))
-
-    def kept_reference_and_target(self) -> None:
-        kept = {"ref_error": self.ref_error, "target_features": self.target_features}
-        self.train(self.dpo(self.ncp, self.predict(), **kept))
 
     def published_step(self) -> None:
         model_pred, ref_pred = self._predictions()
@@ -158,45 +161,14 @@ class Steps:
         model_pred, ref_pred = self._predictions()
         self.train(self.published(model_pred, ref_pred, self, whole=True))
 
-    def from_reference(self) -> None:
-        """Target features taken from the reference's own forward pass, at the current step."""
-        model_pred = self.predict()
-        ref_pred, target = self._reference_and_features()
-        self.train(self.dpo(self.ncp_at_current_step, model_pred, ref_pred=ref_pred, target_features=target))
-
-    def gradient_of_prediction(self, at_current_step: bool) -> Tensor:
-        """What the error sends to the prediction, in the definition and as :meth:`from_reference` has it."""
-        model_pred = self.predict().detach().requires_grad_()
-        target = self._reference_and_features()[1] if at_current_step else None
-        ncp = self.ncp_at_current_step if at_current_step else self.ncp
-        inputs = self.noise, self.noisy, self.timesteps, self.text
-        error, _ = ncp.errors(model_pred, *inputs, **self.shared, target_features=target)
-        return torch.autograd.grad(error.sum(), model_pred)[0]
-
     def _predictions(self) -> tuple[Tensor, Tensor]:
         return self.predict(), self.predict_reference()
 
-    def dpo(self, ncp: Any, model_pred: Tensor, **reference: Any) -> Tensor:
+    def dpo(
+        self, ncp: nn.Module, model_pred: Tensor, loss: Callable[..., Any] = ncp_dpo_loss, **reference: Any
+    ) -> Tensor:
         inputs = model_pred, self.noise, self.noisy, self.timesteps, self.text
-        return ncp_dpo_loss(ncp, *inputs, beta=BETA, **reference, **self.shared).loss
-
-    def _reference_and_features(self) -> tuple[Tensor, dict[str, Tensor]]:
-        with Hooked(self.reference, self.layer) as hooked:
-            ref_pred = self.predict_reference()
-        return ref_pred, {self.layer: hooked.features}
-
-
-class _FromHere(ReverseStep):
-    def latents(self, noisy_latents: Tensor, *_: Any) -> Tensor:
-        return noisy_latents
-
-
-class CurrentStep(NoiseSchedule):
-    """The displacement of the reverse step, taken from x_t itself at t: f(x_t + B (o - target), t) - f(x_t, t)."""
-
-    def reverse_step(self, timesteps: Tensor, *args: Any, **options: Any) -> ReverseStep:
-        step = super().reverse_step(timesteps, *args, **options)
-        return _FromHere(step.A, step.B, step.s, timesteps)
+        return loss(ncp, *inputs, beta=BETA, **reference, **self.shared).loss
 
 
 class Published:

@@ -14,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
-from benchmarks.networks import converted, digits, digits_batch
-from benchmarks.steps import LATENTS, MODELS, CurrentStep, Steps
+from benchmarks.steps import LATENTS, MODELS, Steps
 from benchmarks.timing import COUNTED_ON, flops_of, interleaved
-from examples.digits import new_scheduler
-from ncp_loss import NoiseConditionedPerceptualLoss
+from ncp_loss import ncp_dpo_loss
 
-DIGITS_TIMESTEPS = [5, 100, 500, 900]
 BASE, PEER, OURS = "latent DPO", "NCP as published", "ncp_loss"
 
 
@@ -56,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     times = interleaved(contenders | parts, args.rounds, args.threads, kept)
     flops = {name: flops_of(step) for name, step in (contenders_of(counted, False) | parts_of(counted)).items()}
     flops["ncp_loss, compiled"] = flops[OURS]
+    evaluations = {name: evaluations_of(step, counted) for name, step in contenders_of(counted, False).items()}
+    evaluations |= {PEER: 4, "hook on the whole U-Net": 4, "ncp_loss, compiled": evaluations[OURS]}
 
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     rows = [
@@ -66,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             "over latent DPO": medians[name] / medians[BASE],
             "over the published": medians[name] / medians[PEER],
             "FLOPs over latent DPO": flops[name] / flops[BASE],
+            "encoder evaluations": evaluations[name],
         }
         for name in contenders
     ]
@@ -78,8 +76,6 @@ def run(args: argparse.Namespace) -> None:
         "step over its parts": {"time": medians[OURS] / whole, "FLOPs": flops[OURS] / whole_flops},
         "profile": profile_of(steps.trained_encoder_part),
     }
-    if steps.target_features is not None:
-        content["features of the current step"] = fidelity(steps, args.device)
     rounds = enumerate(zip(*times.values(), strict=True), start=1)
     report.write_csv(args.out / f"{file}.csv", [{"round": i} | dict(zip(times, r, strict=True)) for i, r in rounds])
     report.write_json(args.out / f"{file}.json", report.record(args.device, kept.seconds) | content)
@@ -97,19 +93,14 @@ def run(args: argparse.Namespace) -> None:
     report.print_table(
         "Where the encoder's forward and backward pass takes its time", content["profile"], {"share": ".3f"}
     )
-    if steps.target_features is not None:
-        title = "The gradient with features of the current step, against the definition's"
-        report.print_table(
-            title, content["features of the current step"], dict.fromkeys(("cosine", "lowest", "size ratio"), ".4f")
-        )
 
 
 def parts_of(steps: Steps) -> dict[str, Callable[[], Any]]:
     return {
         "model, forward and backward": steps.model_part,
         "reference, forward": steps.predict_reference,
-        "encoder at reference and target, forward": steps.fixed_encoder_part,
-        "encoder at the prediction, forward and backward": steps.trained_encoder_part,
+        "encoder at two points, forward": steps.fixed_encoder_part,
+        "encoder at a third point, forward and backward": steps.trained_encoder_part,
     }
 
 
@@ -121,13 +112,20 @@ def contenders_of(steps: Steps, compiled: bool) -> dict[str, Callable[[], Any]]:
         OURS: steps.perceptual,
     }
     if compiled:
-        whole = torch.compile(steps.ncp)
-        contenders["ncp_loss, compiled"] = lambda: steps.perceptual(whole)
-    contenders["ncp_loss, kept reference"] = steps.kept_reference
-    if steps.target_features is not None:
-        contenders["ncp_loss, kept reference and target"] = steps.kept_reference_and_target
-        contenders["ncp_loss, target from the reference"] = steps.from_reference
+        whole = torch.compile(ncp_dpo_loss)
+        contenders["ncp_loss, compiled"] = lambda: steps.perceptual(dpo=whole)
+    contenders["ncp_loss, kept reference prediction"] = steps.kept_prediction
+    contenders["ncp_loss, kept reference error"] = steps.kept_error
     return contenders
+
+
+def evaluations_of(step: Callable[[], Any], steps: Steps) -> int:
+    """Of the encoder, its backward pass counted as one."""
+    calls: list[int] = []
+    handle = steps.ncp._encoder.view.register_forward_pre_hook(lambda *_: calls.append(1))
+    step()
+    handle.remove()
+    return len(calls) + 1 if calls else 0
 
 
 def profile_of(step: Callable[[], Any]) -> list[dict[str, Any]]:
@@ -140,35 +138,6 @@ def profile_of(step: Callable[[], Any]) -> list[dict[str, Any]]:
     total = sum(getattr(event, own) for event in events)
     top = sorted(events, key=lambda event: -getattr(event, own))[:8]
     return [{"operation": event.key, "share": getattr(event, own) / total, "calls": event.count} for event in top]
-
-
-def fidelity(steps: Steps, device: torch.device) -> list[dict[str, Any]]:
-    """How near features of the current step bring the prediction's gradient to that of the step below it.
-
-    On this benchmark's random network, and on the trained digits network with its own errors, by timestep.
-    """
-    here, below = (steps.gradient_of_prediction(at) for at in (True, False))
-    rows = [{"network": "random", "timestep": None} | compared(here, below)]
-    unet = digits().to(device)
-    batch = digits_batch(unet, DIGITS_TIMESTEPS, [0.0], 0)
-    given = converted({k: v for k, v in batch.arguments.items() if k != "ref_pred"}, device)
-    gradients = []
-    for schedule in (CurrentStep.from_scheduler(new_scheduler()), new_scheduler()):
-        prediction = given["model_pred"].detach().requires_grad_()
-        ncp = NoiseConditionedPerceptualLoss(unet, schedule=schedule)
-        error, _ = ncp.errors(**(given | {"model_pred": prediction}))
-        gradients.append(torch.autograd.grad(error.sum(), prediction)[0])
-    for t in DIGITS_TIMESTEPS:
-        mine = [i for i, timestep in enumerate(batch.timesteps) if timestep == t]
-        rows.append({"network": "digits, trained", "timestep": t} | compared(*(g[mine] for g in gradients)))
-    return rows
-
-
-def compared(here: Tensor, below: Tensor) -> dict[str, float]:
-    here, below = here.flatten(1), below.flatten(1)
-    # These gradients can be smaller than what cosine_similarity takes for zero.
-    cosines, sizes = cosine_similarity(here, below, eps=0), here.norm(dim=1) / below.norm(dim=1)
-    return {"cosine": cosines.median().item(), "lowest": cosines.min().item(), "size ratio": sizes.median().item()}
 
 
 def draw(path: Path, rows: list[dict[str, Any]], times: dict[str, list[float]], title: str) -> None:
