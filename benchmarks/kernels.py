@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 
 from benchmarks import report
 from ncp_loss import error, fused
-from ncp_loss.difference import Stencil
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,7 +60,7 @@ def compiled_to(kernel: Any, dtype: str, sm: int) -> dict[str, Any]:
     """Ahead of time, for pointers and sizes that 16 divides, as torch's allocator and real features have them."""
     pointer = dict.fromkeys(("f0", "f1", "f2", "f3", "out"), f"*{dtype}")
     pointer |= {"partial": "*fp32", "coefficients": "*fp32"}
-    constants = {"POINTS": POINTS, "TARGET": True, "BLOCK": fused.BLOCK, "ROUNDS": fused.ROUNDS}
+    constants = {"POINTS": POINTS, "BLOCK": fused.BLOCK, "ROUNDS": fused.ROUNDS}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointer.get(name, "i32") for name in names}
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
@@ -93,14 +92,13 @@ def passes_of(shape: tuple[int, ...], device: torch.device) -> Any:
     """What each pass moves and allocates, one point's features being 1, its time, and how far the two agree."""
     for name, dtype in DTYPES.items():
         features = [torch.randn(shape, device=device).to(dtype) for _ in range(POINTS)]
-        coefficients, size = torch.randn(3, POINTS, shape[0], device=device), features[0].nbytes
-        points = Stencil([], coefficients[0], coefficients[1], coefficients[2], coefficients)
+        coefficients, size = torch.randn(2, POINTS, shape[0], device=device), features[0].nbytes
         eager: dict[str, Callable[[], Tensor]] = {
-            "sums": lambda f=features, p=points: error._sums(f, p, True, "eager")[0],
+            "sums": lambda f=features, c=coefficients: error._sums(f, *c, "eager"),
             "cotangent": lambda f=features, c=coefficients: error._cotangent(f, c[0], "eager"),
         }
         kernels: dict[str, Callable[[], Tensor]] = {
-            "sums": lambda f=features, c=coefficients: fused.sums(f, c)[:3],
+            "sums": lambda f=features, c=coefficients: fused.sums(f, c),
             "cotangent": lambda f=features, c=coefficients: fused.combined(f, c[0]),
         }
         for what in TARGETS:

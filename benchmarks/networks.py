@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from examples.digits import condition, load_unet, new_scheduler, real_digits
+from examples.digits import CLASSES, condition, load_unet, new_scheduler, real_digits
 
 TEXT, POOLED, IDS = 32, 16, 6  # widths of the text states and the pooled text; SDXL's sizes and crops
 
@@ -116,8 +116,8 @@ def digits_batch(unet: UNet2DConditionModel, timesteps: list[int], rms: list[flo
     error = (prediction - noise).square().mean((1, 2, 3)).sqrt()
     arguments = {
         "model_pred": prediction,
-        # For a reference, another prediction with an error of the same size.
-        "ref_pred": 2 * noise - prediction,
+        # For a reference, what the network predicts for another digit.
+        "ref_pred": unet(noisy, t, condition((labels[rows] + 1) % CLASSES)).sample,
         "target": noise,
         "noisy_latents": noisy,
         "timesteps": t,

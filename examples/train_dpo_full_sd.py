@@ -17,7 +17,7 @@ from training import (
     new_ncp,
     new_parser,
     parse,
-    reference_errors,
+    reference_predictions,
     target_of,
     train,
 )
@@ -60,15 +60,15 @@ def main() -> None:
         inputs, target, options = question(batch)
         model_pred = unet(*inputs).sample
         with torch.no_grad():
-            ref_pred = None if "ref_errors" in batch else reference(*inputs).sample
+            ref_pred = batch["ref_preds"] if "ref_preds" in batch else reference(*inputs).sample
         error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
-        (chosen, rejected), ref = error.chunk(2), batch.get("ref_errors", ref_error).chunk(2)
+        (chosen, rejected), ref = error.chunk(2), ref_error.chunk(2)
         loss = dpo_loss(chosen, rejected, *ref, beta=args.beta_dpo)
         return loss, preference_metrics(loss, chosen, rejected, ref, args.beta_dpo)
 
-    def reference_error(batch):
-        inputs, target, options = question(batch)
-        return measure(args.loss_space, ncp, reference(*inputs).sample, target, *inputs, **options)[0]
+    def reference_prediction(batch):
+        inputs, *_ = question(batch)
+        return reference(*inputs).sample
 
     def average(unet):
         ema.to(accelerator.device)  # a resumed average comes back on the host
@@ -81,9 +81,9 @@ def main() -> None:
         trained = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, unet=unet, **source)
         trained.save_pretrained(args.output_dir)
 
-    ref_errors = reference_errors(args, accelerator, pairs, reference_error)
+    ref_preds = reference_predictions(args, accelerator, pairs, reference_prediction)
     after_step = average if ema else None
-    train(args, accelerator, unet, pairs, compute_loss, save, ref_errors=ref_errors, after_step=after_step)
+    train(args, accelerator, unet, pairs, compute_loss, save, ref_preds=ref_preds, after_step=after_step)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from training import (
     new_ncp,
     new_parser,
     parse,
-    reference_errors,
+    reference_predictions,
     target_of,
     train,
 )
@@ -57,22 +57,22 @@ def main() -> None:
         inputs, target, options = question(batch)
         model_pred = unet(*inputs).sample
         with torch.no_grad():
-            ref_pred = None if "ref_errors" in batch else reference(*inputs).sample
+            ref_pred = batch["ref_preds"] if "ref_preds" in batch else reference(*inputs).sample
         error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
-        (chosen, rejected), ref = error.chunk(2), batch.get("ref_errors", ref_error).chunk(2)
+        (chosen, rejected), ref = error.chunk(2), ref_error.chunk(2)
         loss = dpo_loss(chosen, rejected, *ref, beta=args.beta_dpo)
         return loss, preference_metrics(loss, chosen, rejected, ref, args.beta_dpo)
 
-    def reference_error(batch):
-        inputs, target, options = question(batch)
-        return measure(args.loss_space, ncp, reference(*inputs).sample, target, *inputs, **options)[0]
+    def reference_prediction(batch):
+        inputs, *_ = question(batch)
+        return reference(*inputs).sample
 
     def save(unet):
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         StableDiffusionPipeline.save_lora_weights(args.output_dir, unet_lora_layers=layers)
 
-    ref_errors = reference_errors(args, accelerator, pairs, reference_error)
-    train(args, accelerator, unet, pairs, compute_loss, save, ref_errors=ref_errors)
+    ref_preds = reference_predictions(args, accelerator, pairs, reference_prediction)
+    train(args, accelerator, unet, pairs, compute_loss, save, ref_preds=ref_preds)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from training import (
     new_ncp,
     new_parser,
     parse,
-    reference_errors,
+    reference_predictions,
     train,
 )
 
@@ -79,23 +79,22 @@ def main() -> None:
         inputs, condition, target, options = question(batch)
         model_pred = predict(transformer, *inputs, condition)
         with torch.no_grad():
-            ref_pred = None if "ref_errors" in batch else predict(reference, *inputs, condition)
+            ref_pred = batch["ref_preds"] if "ref_preds" in batch else predict(reference, *inputs, condition)
         error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
-        (chosen, rejected), ref = error.chunk(2), batch.get("ref_errors", ref_error).chunk(2)
+        (chosen, rejected), ref = error.chunk(2), ref_error.chunk(2)
         loss = dpo_loss(chosen, rejected, *ref, beta=args.beta_dpo)
         return loss, preference_metrics(loss, chosen, rejected, ref, args.beta_dpo)
 
-    def reference_error(batch):
-        inputs, condition, target, options = question(batch)
-        ref_pred = predict(reference, *inputs, condition)
-        return measure(args.loss_space, ncp, ref_pred, target, *inputs, **options)[0]
+    def reference_prediction(batch):
+        inputs, condition, *_ = question(batch)
+        return predict(reference, *inputs, condition)
 
     def save(transformer):
         layers = get_peft_model_state_dict(transformer)
         StableDiffusion3Pipeline.save_lora_weights(args.output_dir, transformer_lora_layers=layers)
 
-    ref_errors = reference_errors(args, accelerator, pairs, reference_error)
-    train(args, accelerator, transformer, pairs, compute_loss, save, ref_errors=ref_errors)
+    ref_preds = reference_predictions(args, accelerator, pairs, reference_prediction)
+    train(args, accelerator, transformer, pairs, compute_loss, save, ref_preds=ref_preds)
 
 
 if __name__ == "__main__":

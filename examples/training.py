@@ -96,8 +96,8 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
             help="multiplies the margin of mean errors, once; diffusers' SDXL script halves its own, whose 5000 is "
             "2500 here. Watch rewards/margins, which should reach order one")  # fmt: skip
         add("--precompute_reference", action="store_true",
-            help="ask the reference once for each pair, before training, and store its errors beside the data; every "
-            "epoch then repeats a pair's noise, timestep and crop")  # fmt: skip
+            help="ask the reference once for each pair, before training, and store its predictions beside the data, as "
+            "large as the latents; every epoch then repeats a pair's noise, timestep and crop")  # fmt: skip
     parser.set_defaults(**defaults)
     return parser
 
@@ -286,39 +286,41 @@ def new_loader(args: argparse.Namespace, accelerator: Accelerator, stream: Strea
 
 
 @torch.no_grad()
-def reference_errors(
-    args: argparse.Namespace, accelerator: Accelerator, data: Data, error: Callable[[dict[str, Any]], Tensor]
+def reference_predictions(
+    args: argparse.Namespace, accelerator: Accelerator, data: Data, predict: Callable[[dict[str, Any]], Tensor]
 ) -> Tensor | None:
-    """With `--precompute_reference`, the reference's errors on every row's winner and loser, (rows, 2).
+    """With `--precompute_reference`, the reference's predictions for every row's winner and loser, (rows, 2, C, H, W).
 
-    They are kept beside the data if that is a folder, else in the output folder, under a name that tells the settings
-    apart that they depend on; weights that were changed in place under the same path are not noticed.
+    Predictions and not errors: the margin of two errors that were computed apart is rounding in half precision. They
+    are kept beside the data if that is a folder, else in the output folder, under a name that tells the settings apart
+    that they depend on; weights that were changed in place under the same path are not noticed.
 
     Args:
-        error: the reference's errors on a batch, (2B,), winners first.
+        predict: the reference's predictions for a batch, (2B, C, H, W), winners first.
     """
     if not args.precompute_reference:
         return None
     names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "seed"]
-    names += ["resolution", "random_crop", "no_hflip", "loss_space", "layer", "weighting"]
+    names += ["resolution", "random_crop", "no_hflip"]
     names += ["no_text_encoder_3", "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std"]
     settings = {name: str(getattr(args, name, None)) for name in names}
     settings |= {"data": data.identity, "rows": str(len(data)), "mixed_precision": accelerator.mixed_precision}
     folder = next((f for f in (args.train_data_dir, args.dataset_name) if f and Path(f).is_dir()), args.output_dir)
     path = Path(folder, f"reference-{digest(settings)}.safetensors")
     if not path.is_file():
-        errors = torch.zeros(len(data), 2)
+        kept = None
         loader = new_loader(args, accelerator, Stream(data, args, 0, len(data)))
         for batch in tqdm(loader, desc="reference", disable=not accelerator.is_main_process):
             with accelerator.autocast():
-                pairs = torch.stack(error(batch).chunk(2), dim=1)
-            errors[accelerator.gather(batch["rows"]).cpu()] = accelerator.gather(pairs).float().cpu()
+                pairs = accelerator.gather(torch.stack(predict(batch).chunk(2), dim=1)).cpu()
+            kept = pairs.new_zeros(len(data), *pairs.shape[1:]) if kept is None else kept
+            kept[accelerator.gather(batch["rows"]).cpu()] = pairs
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"ref_errors": errors}, path.with_suffix(".partial"), metadata=settings)
+            save_file({"ref_preds": kept}, path.with_suffix(".partial"), metadata=settings)
             path.with_suffix(".partial").replace(path)
         accelerator.wait_for_everyone()
-    return load_file(path)["ref_errors"]
+    return load_file(path)["ref_preds"]
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -349,7 +351,7 @@ def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, step: in
 
 def train(
     args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, data: Data, compute_loss: Step,
-    save: Callable[[nn.Module], None], *, ref_errors: Tensor | None = None, after_step: Callable | None = None,
+    save: Callable[[nn.Module], None], *, ref_preds: Tensor | None = None, after_step: Callable | None = None,
 ) -> None:  # fmt: skip
     """The loop: from the first step, or the checkpoint's, to the last, and the trained weights saved.
 
@@ -357,7 +359,7 @@ def train(
         model: in training; its trainable parameters are optimized.
         compute_loss: (the prepared model, a batch) -> the loss and what to log.
         save: writes the trained model's weights.
-        ref_errors: from `reference_errors`; a batch then has them as `batch["ref_errors"]`.
+        ref_preds: from `reference_predictions`; a batch then has them as `batch["ref_preds"]`.
         after_step: called with the model after each optimizer step.
     """
     if args.gradient_checkpointing:
@@ -380,7 +382,7 @@ def train(
         step = step_of(args.resume_from_checkpoint)
         accelerator.print(f"resuming from {args.resume_from_checkpoint}")
     start = step * per_step
-    loader = new_loader(args, accelerator, Stream(data, args, start, max(start, steps * per_step), ref_errors))
+    loader = new_loader(args, accelerator, Stream(data, args, start, max(start, steps * per_step), ref_preds))
     if accelerator.is_main_process:
         plain = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
         accelerator.init_trackers("ncp", config=plain)

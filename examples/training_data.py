@@ -174,13 +174,13 @@ def mix(*numbers: int) -> int:
 class Stream(torch.utils.data.Dataset):
     """The samples of a run, in order: epoch after epoch, each in an order of its own, from `start` to `stop`.
 
-    Where reference errors are precomputed, every epoch draws for a row what the first one drew.
+    Where the reference's predictions are precomputed, every epoch draws for a row what the first one drew.
     """
 
     def __init__(
-        self, data: Data, args: argparse.Namespace, start: int, stop: int, ref_errors: Tensor | None = None
+        self, data: Data, args: argparse.Namespace, start: int, stop: int, ref_preds: Tensor | None = None
     ) -> None:
-        self.data, self.args, self.start, self.stop, self.ref_errors = data, args, start, stop, ref_errors
+        self.data, self.args, self.start, self.stop, self.ref_preds = data, args, start, stop, ref_preds
         self.processor = VaeImageProcessor()
         self.epoch, self.order = -1, torch.empty(0)
 
@@ -202,7 +202,7 @@ class Stream(torch.utils.data.Dataset):
         squares, time_ids = zip(*(square(i, self.args.resolution, mirror, *place) for i in images), strict=True)
         sample = {"images": self.processor.preprocess(list(squares)), "time_ids": torch.tensor(time_ids)}
         sample |= {"captions": caption, "seeds": seed, "rows": row}
-        return sample if self.ref_errors is None else sample | {"ref_errors": self.ref_errors[row]}
+        return sample if self.ref_preds is None else sample | {"ref_preds": self.ref_preds[row]}
 
 
 def square(image: Image.Image, side: int, mirror: bool, down: float, right: float) -> tuple[Image.Image, tuple]:
@@ -225,6 +225,6 @@ def square(image: Image.Image, side: int, mirror: bool, down: float, right: floa
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch: winners first, then losers, where a tensor has a row for each; captions, seeds and rows once a pair."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    for name in {"images", "time_ids", "ref_errors"} & batch.keys():
+    for name in {"images", "time_ids", "ref_preds"} & batch.keys():
         batch[name] = torch.stack(batch[name], dim=1).flatten(0, 1)
     return batch | {name: torch.tensor(batch[name]) for name in ("seeds", "rows")}

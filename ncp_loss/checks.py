@@ -76,7 +76,9 @@ def check_errors(**errors: Tensor) -> None:
         check_like(name, value, first, reference)
 
 
-def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool, **others: Tensor) -> None:
+def check_latents(
+    name: str, latents: Tensor, channels: int | None, pairs: bool = False, **others: Tensor | None
+) -> None:
     """What the model takes, (B, C, H, W) where its first layer is a convolution; the others are shaped like it."""
     shape = check_floating(name, latents).shape
     if channels is not None and (len(shape) != 4 or shape[1] != channels):
@@ -86,7 +88,8 @@ def check_latents(name: str, latents: Tensor, channels: int | None, pairs: bool,
     if pairs and shape[0] % 2:
         raise bad(name, "an even batch: winners first, then their losers", _shape(latents))
     for other, value in others.items():
-        check_like(other, value, name, latents)
+        if value is not None or other in ("target", "model_pred"):
+            check_like(other, value, name, latents)
 
 
 def expand_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:

@@ -278,16 +278,12 @@ def linearized(encode: Callable[[Tensor], Features], latents: Tensor) -> tuple[F
         graph = encode(leaf.view_as(leaf))  # torch's FLOP counter hooks what a module is given, but cannot hook a leaf
 
     def pull_back(cotangents: Features) -> Tensor:
-        with _no_autocast(latents.device):
-            slopes = torch.autograd.grad(list(graph.values()), leaf, [cotangents[layer] for layer in graph])
-        return slopes[0]
+        # The forward pass's casts have derivatives of their own; autocast would round the cotangents once more.
+        device, amp = latents.device, _autocast_dtype(latents.device)
+        with torch.autocast(device.type, enabled=False) if amp else contextlib.nullcontext():
+            return torch.autograd.grad(list(graph.values()), leaf, [cotangents[layer] for layer in graph])[0]
 
     return {layer: f.detach() for layer, f in graph.items()}, pull_back
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Where the forward pass was cast, its derivative has the casts; to cast it again would round it twice."""
-    return torch.autocast(device.type, enabled=False) if _autocast_dtype(device) else contextlib.nullcontext()
 
 
 def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,7 +29,7 @@ def feature_errors(
     normalize: bool = False,
     unit: Tensor | None = None,
     impl: str = "eager",
-) -> tuple[Errors, dict[str, Scales]]:
+) -> tuple[Errors, Callable[[], Features], Tensor]:
     r"""Mean square differences of features, summed over layers by weight (paper, eq. 13), of model and reference.
 
     With w the model's difference of features, and u the model's less the reference's,
@@ -49,43 +49,31 @@ def feature_errors(
         impl: "eager", or "triton": kernels that make no float32 copy of features.
 
     Returns:
-        The errors, float32 at least, and what :func:`feature_cotangents` needs of them.
+        The errors, float32 at least. A function that makes ``d error / d features`` by layer, in the features' dtype
+        and of order one, since half precision holds neither very small cotangents nor very large ones. What to
+        multiply these by, (B,).
     """
-    per_unit = torch.ones_like(points.model[0]) if unit is None else _inverse(unit.square())
-    total, scales = torch.zeros_like(per_unit).expand(3, -1), {}
+    gap = torch.zeros_like(points.model) if points.gap is None else points.gap
+    per_unit = torch.ones_like(gap[0]) if unit is None else _inverse(unit.square())
+    total, slopes, sizes = torch.zeros_like(gap[:1]).expand(3, -1), {}, []
     for layer, weight in weights.items():
         at = [f[layer] for f in features]
-        sums, energy = _sums(at, points, normalize, impl)
-        relative = weight * per_unit * (_inverse(energy) if normalize else torch.ones_like(energy))
+        sums, relative = _sums(at, points.model, gap, impl), weight * per_unit
+        if normalize:
+            relative = relative * _inverse(_sums(at, points.target, torch.zeros_like(gap), impl)[0])
         total = total + relative * sums
-        scales[layer] = Scales(relative * (2 / at[0][0].numel()), sums[0].sqrt())
+        slopes[layer] = relative * (2 / at[0][0].numel())  # d error / d features is this times w
+        sizes.append(slopes[layer] * sums[0].sqrt())
+    size = torch.stack(sizes).amax(0)
+
+    def cotangents() -> Features:
+        of_order_one = points.model * _inverse(size)
+        return {k: _cotangent([f[k] for f in features], of_order_one * slope, impl) for k, slope in slopes.items()}
+
     error, reference, margin = total
-    if points.gap is None:
-        return Errors(error), scales
     smaller = torch.minimum(error, reference)
-    return Errors(smaller + margin.relu(), smaller + (-margin).relu()), scales
-
-
-class Scales(NamedTuple):
-    """Of one layer, (B,) each: ``d error / d features`` is ``slope`` times the difference, whose rms is ``rms``."""
-
-    slope: Tensor
-    rms: Tensor
-
-
-def feature_cotangents(
-    features: Sequence[Features], points: Stencil, scales: Mapping[str, Scales], impl: str = "eager"
-) -> tuple[Features, Tensor]:
-    """``d error / d features`` by layer, brought to order one in the features' dtype, and its true size, (B,).
-
-    Half precision holds neither very small cotangents nor very large ones; the size is multiplied in afterwards.
-    """
-    size = torch.stack([scale.slope * scale.rms for scale in scales.values()]).amax(0)
-    small = _inverse(size)
-    return {
-        layer: _cotangent([f[layer] for f in features], points.model * (scale.slope * small), impl)
-        for layer, scale in scales.items()
-    }, size
+    errors = Errors(smaller + margin.relu(), smaller + (-margin).relu() if points.gap is not None else None)
+    return errors, cotangents, size
 
 
 def attach(error: Tensor, prediction: Tensor, slope: Tensor) -> Tensor:
@@ -111,17 +99,15 @@ class _Attached(torch.autograd.Function):
 # The two passes over features, each in float32 at least; ncp_loss/fused.py has both as kernels.
 
 
-def _sums(features: list[Tensor], points: Stencil, normalize: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)``, (3, B), and the mean square of the target, (B,)."""
-    gap = torch.zeros_like(points.model) if points.gap is None else points.gap
+def _sums(features: list[Tensor], model: Tensor, gap: Tensor, impl: str) -> Tensor:
+    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)``, (3, B)."""
     if impl == "triton":
         from .fused import sums
 
-        found = cast(Tensor, sums(features, torch.stack([points.model, gap, *[points.target] * normalize])))
-        return found[:3], found[-1]
-    w, u = _combined(features, points.model), _combined(features, gap)
-    means = [_mean(w.square()), _mean((w - u).square()), _mean(u * (2 * w - u))]
-    return torch.stack(means), _mean(_combined(features, points.target).square()) if normalize else means[0]
+        return cast(Tensor, sums(features, torch.stack([model, gap])))
+    w, u = _combined(features, model), _combined(features, gap)
+    means = [reduce(x, "b ... -> b", "mean") for x in (w.square(), (w - u).square(), u * (2 * w - u))]
+    return torch.stack(means)
 
 
 def _cotangent(features: list[Tensor], coefficients: Tensor, impl: str) -> Tensor:
@@ -139,10 +125,6 @@ def _combined(features: list[Tensor], coefficients: Tensor) -> Tensor:
     for f, coefficient in zip(features, coefficients, strict=True):
         total = torch.addcmul(total, per_sample(coefficient, f), f.to(wide))
     return total
-
-
-def _mean(x: Tensor) -> Tensor:
-    return reduce(x, "b ... -> b", "mean")
 
 
 def _inverse(x: Tensor) -> Tensor:

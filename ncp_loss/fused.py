@@ -38,15 +38,14 @@ def _combination(x0, x1, x2, x3, coefficients, POINTS: tl.constexpr, wide: tl.co
 
 @triton.jit
 def sums_kernel(
-    f0, f1, f2, f3, coefficients, partial, size,
-    POINTS: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
+    f0, f1, f2, f3, coefficients, partial, size, POINTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr
+):
     """partial[:, row, part]: a part of each of the sums of :func:`sums`, the first of two stages; no atomics."""
     part, rows = tl.program_id(0), tl.num_programs(1)
     row = tl.program_id(1).to(tl.int64)
     wide: tl.constexpr = tl.float64 if f0.dtype.element_ty == tl.float64 else tl.float32
     model = tl.zeros([BLOCK], wide)
-    reference, margin, target = model, model, model
+    reference, margin = model, model
     start = part * ROUNDS * BLOCK
     for first in range(start, tl.minimum(start + ROUNDS * BLOCK, size), BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -58,16 +57,10 @@ def sums_kernel(
         model += w * w
         reference += (w - u) * (w - u)
         margin += u * (2 * w - u)
-        if TARGET:
-            t = _combination(x0, x1, x2, x3, coefficients + 2 * POINTS * rows, POINTS, wide)
-            target += t * t
-    place = partial + row * tl.num_programs(0) + part
-    apart = rows * tl.num_programs(0)
+    place, apart = partial + row * tl.num_programs(0) + part, rows * tl.num_programs(0)
     tl.store(place, tl.sum(model))
     tl.store(place + apart, tl.sum(reference))
     tl.store(place + 2 * apart, tl.sum(margin))
-    if TARGET:
-        tl.store(place + 3 * apart, tl.sum(target))
 
 
 @triton.jit
@@ -87,29 +80,27 @@ def combined_kernel(f0, f1, f2, f3, coefficients, out, size, POINTS: tl.constexp
 def sums(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """Means over each sample, accumulated in float32 at least, the same on every run.
 
-    With w, u and t the combinations of features by ``coefficients[0]``, ``[1]`` and, where it is given, ``[2]``:
-    ``|w|^2``, ``|w - u|^2``, ``u (2 w - u)`` and ``|t|^2``.
+    ``|w|^2``, ``|w - u|^2`` and ``u (2 w - u)``, with w and u the features combined by ``coefficients[0]`` and ``[1]``.
 
     Args:
         features: 2 to 4 of (B, ...).
-        coefficients: (2 or 3, points, B).
+        coefficients: (2, points, B).
 
     Returns:
-        (3 or 4, B).
+        (3, B).
     """
-    features, (kinds, points, rows) = _dense(features), coefficients.shape
+    features, (_, points, rows) = _dense(features), coefficients.shape
     size = features[0][0].numel()
     parts = triton.cdiv(size, BLOCK * ROUNDS)
-    partial = coefficients.new_empty(kinds + 1, rows, parts)
-    options = {"POINTS": points, "TARGET": kinds == 3, "BLOCK": BLOCK, "ROUNDS": ROUNDS}
-    sums_kernel[(parts, rows)](*_four(features), coefficients.contiguous(), partial, size, **options)
+    partial = coefficients.new_empty(3, rows, parts)
+    given = *_four(features), coefficients.contiguous(), partial, size
+    sums_kernel[(parts, rows)](*given, POINTS=points, BLOCK=BLOCK, ROUNDS=ROUNDS)
     return partial.sum(-1).div_(size)
 
 
 @sums.register_fake
 def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    kinds, _, rows = coefficients.shape
-    return coefficients.new_empty(kinds + 1, rows)
+    return coefficients.new_empty(3, coefficients.shape[2])
 
 
 @torch.library.custom_op("ncp_loss::combined", mutates_args=())
@@ -118,8 +109,8 @@ def combined(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     features = _dense(features)
     out, size = torch.empty_like(features[0]), features[0][0].numel()
     grid = (triton.cdiv(size, BLOCK), len(features[0]))
-    options = {"POINTS": len(features), "BLOCK": BLOCK}
-    combined_kernel[grid](*_four(features), coefficients.contiguous(), out, size, **options)
+    given = *_four(features), coefficients.contiguous(), out, size
+    combined_kernel[grid](*given, POINTS=len(features), BLOCK=BLOCK)
     return out
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checks import bad, check_choice, check_count, check_latents, check_pairs, expand_timesteps
 from .difference import DIFFERENCES, choose, stencil
 from .encoder import FrozenEncoder, Layers, chunks_of, joined, linearized
-from .error import Errors, attach, feature_cotangents, feature_errors
+from .error import Errors, attach, feature_errors
 from .objectives import REDUCTIONS, reduce_batch
 from .schedule import NoiseSchedule, Step, per_sample
 
@@ -89,10 +89,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         check_choice("difference", difference, DIFFERENCES)
         check_choice("weighting", weighting, (None, "noise"))
         check_choice("impl", impl, ("eager", "triton"))
-        if chunk_size is not None and (
-            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-        ):
-            raise bad("chunk_size", "None or a positive int", repr(chunk_size))
+        check_count("chunk_size", chunk_size, "None or a positive int", None)
         if impl == "triton":
             importlib.import_module("ncp_loss.fused")  # what was asked for by name and is not there is an error, now
         check_choice("reduction", reduction, REDUCTIONS)
@@ -166,10 +163,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call; the
                 loss is used by a second thread or a hook while a pass runs; a second derivative is asked for.
         """
-        given = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
-        timesteps, conditioning = self._checked(
-            noisy_latents, timesteps, encoder_hidden_states, model_kwargs, given, pairs=pairs
-        )
+        others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
+        check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
+        timesteps = expand_timesteps(timesteps, noisy_latents)
+        conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:
             noise = target if self.schedule.prediction_type == "epsilon" else None
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
@@ -178,13 +175,12 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
-        z = None if variance_noise is None else variance_noise.detach()
+        z, groups = None if variance_noise is None else variance_noise.detach(), 2 if pairs else 1
         if z is None and generator is not None and isinstance(self.step, int):
-            drawn = x[: len(x) // 2] if pairs else x
-            z = torch.randn(drawn.shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
-            z = torch.cat([z, z]) if pairs else z
+            shape = (len(x) // groups, *x.shape[1:])
+            z = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
+            z = torch.cat([z] * groups)
 
-        trains = torch.is_grad_enabled() and model_pred.requires_grad
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
         batch: dict[str, Any] = {
             "base": back.latents(x, truth, z),
@@ -195,11 +191,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             "timesteps": back.timesteps,
             "model_kwargs": conditioning,
         }
+        trains = torch.is_grad_enabled() and model_pred.requires_grad
         evaluate = partial(self._evaluate, trains=trains, given=noisy_latents.dtype)
         if self.chunk_size is None:
             error, ref_error, slope = evaluate(**batch)
         else:
-            groups = 2 if pairs else 1
             chunks = [evaluate(**take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
             error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
         return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)
@@ -221,14 +217,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             features = [graph, *features] if at_point else features
         if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell
             return self._evaluate(trains=trains, given=given, timesteps=timesteps, model_kwargs=model_kwargs, **moves)
-        unit = B if self.weighting == "noise" else None
-        weights = self._encoder.weights
-        errors, scales = feature_errors(features, points, weights, self.normalize, unit, self.impl)
-        if not trains:
-            return *errors, None
-        cotangents, size = feature_cotangents(features, points, scales, self.impl)
-        slope = pull_back(cotangents)
-        return *errors, per_sample(size * B, slope) * slope
+        options = self.normalize, B if self.weighting == "noise" else None, self.impl
+        errors, cotangents, size = feature_errors(features, points, self._encoder.weights, *options)
+        slope = pull_back(cotangents()) if trains else None
+        return *errors, slope if slope is None else per_sample(size * B, slope) * slope
 
     def features(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **model_kwargs: Any
@@ -244,23 +236,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
         """
-        timesteps, given = self._checked(latents, timesteps, encoder_hidden_states, model_kwargs, {}, name="latents")
-        return self._encoder(latents, timesteps, given, latents.dtype)
-
-    def _checked(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        text: Tensor | None,
-        model_kwargs: dict[str, Any],
-        like_latents: Mapping[str, Tensor | None],
-        name: str = "noisy_latents",
-        pairs: bool = False,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Checks what every method is given; returns one timestep for each sample, and the conditioning."""
-        given = {key: value for key, value in like_latents.items() if value is not None}
-        check_latents(name, latents, self._encoder.channels, pairs, **given)
-        return expand_timesteps(timesteps, latents), self._encoder.conditioned(latents, text, model_kwargs)
+        check_latents("latents", latents, self._encoder.channels)
+        conditioning = self._encoder.conditioned(latents, encoder_hidden_states, model_kwargs)
+        return self._encoder(latents, expand_timesteps(timesteps, latents), conditioning, latents.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
         """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""
