@@ -37,6 +37,12 @@ def _combination(x0, x1, x2, x3, coefficients, POINTS: tl.constexpr, wide: tl.co
 
 
 @triton.jit
+def _fours(x):
+    """Sums of four neighbours, which one thread holds: accumulators then take a quarter of the registers."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
+
+
+@triton.jit
 def sums_kernel(
     f0, f1, f2, f3, coefficients, partial, size, POINTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr
 ):
@@ -44,7 +50,7 @@ def sums_kernel(
     part, rows = tl.program_id(0), tl.num_programs(1)
     row = tl.program_id(1).to(tl.int64)
     wide: tl.constexpr = tl.float64 if f0.dtype.element_ty == tl.float64 else tl.float32
-    model = tl.zeros([BLOCK], wide)
+    model = tl.zeros([BLOCK // 4], wide)
     reference, margin = model, model
     start = part * ROUNDS * BLOCK
     for first in range(start, tl.minimum(start + ROUNDS * BLOCK, size), BLOCK):
@@ -54,9 +60,9 @@ def sums_kernel(
         x3 = _loaded(f3, row, at, size, wide) if POINTS > 3 else x0
         w = _combination(x0, x1, x2, x3, coefficients, POINTS, wide)
         u = _combination(x0, x1, x2, x3, coefficients + POINTS * rows, POINTS, wide)
-        model += w * w
-        reference += (w - u) * (w - u)
-        margin += u * (2 * w - u)
+        model += _fours(w * w)
+        reference += _fours((w - u) * (w - u))
+        margin += _fours(u * (2 * w - u))
     place, apart = partial + row * tl.num_programs(0) + part, rows * tl.num_programs(0)
     tl.store(place, tl.sum(model))
     tl.store(place + apart, tl.sum(reference))
@@ -90,9 +96,9 @@ def sums(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
         (3, B).
     """
     features, (_, points, rows) = _dense(features), coefficients.shape
-    size = features[0][0].numel()
+    size, dtype = features[0][0].numel(), torch.promote_types(features[0].dtype, coefficients.dtype)
     parts = triton.cdiv(size, BLOCK * ROUNDS)
-    partial = coefficients.new_empty(3, rows, parts)
+    partial = coefficients.new_empty(3, rows, parts, dtype=dtype)
     given = *_four(features), coefficients.contiguous(), partial, size
     sums_kernel[(parts, rows)](*given, POINTS=points, BLOCK=BLOCK, ROUNDS=ROUNDS)
     return partial.sum(-1).div_(size)
@@ -100,7 +106,8 @@ def sums(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 @sums.register_fake
 def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    return coefficients.new_empty(3, coefficients.shape[2])
+    dtype = torch.promote_types(features[0].dtype, coefficients.dtype)
+    return coefficients.new_empty(3, coefficients.shape[2], dtype=dtype)
 
 
 @torch.library.custom_op("ncp_loss::combined", mutates_args=())
