@@ -88,8 +88,8 @@ class ImitatedTF32(TorchFunctionMode):
     """Float32 in which what enters a matrix product has a mantissa of 10 bits, rounded to nearest; sums stay float32.
 
     Covers linear layers, convolutions, matrix products and attention (written out as two products and a softmax), in
-    forward, in backward (the gradient that enters the two products of a backward pass is rounded, and so are the saved
-    operands) and in forward-mode differentiation. Everything else is float32, as on a GPU.
+    forward and in backward (the gradient that enters the two products of a backward pass is rounded, and so are the
+    saved operands). Everything else is float32, as on a GPU.
     """
 
     _PRODUCTS = frozenset({F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
@@ -133,10 +133,6 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _tf32(tangent)
-
 
 class _RoundGradient(torch.autograd.Function):
     """Passes a product's value; rounds the gradient, which enters the products of the backward pass."""
@@ -152,7 +148,3 @@ class _RoundGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _tf32(gradient)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)

@@ -105,6 +105,7 @@ def passes_of(shape: tuple[int, ...], device: torch.device) -> Any:
             with Traffic() as traffic:
                 eager[what]()
             made = int(what == "cotangent")
+            times = [milliseconds(step, device) for step in (eager[what], kernels[what])]
             yield {
                 "pass": what,
                 "dtype": name,
@@ -112,16 +113,11 @@ def passes_of(shape: tuple[int, ...], device: torch.device) -> Any:
                 "kernel moves": POINTS + made,
                 "eager allocates": round(traffic.allocated / size, 2),
                 "kernel allocates": made,
-                "eager, ms": milliseconds(eager[what], device),
-                "kernel, ms": milliseconds(kernels[what], device),
-                "faster": faster(eager[what], kernels[what], device),
+                "eager, ms": times[0],
+                "kernel, ms": times[1],
+                "faster": "not measured" if isinstance(times[0], str) else ("eager", "kernel")[times[1] < times[0]],
                 "relative difference": disagreement(eager[what], kernels[what], device),
             }
-
-
-def faster(eager: Callable[[], Tensor], kernel: Callable[[], Tensor], device: torch.device) -> str:
-    times = [milliseconds(step, device) for step in (eager, kernel)]
-    return "not measured" if isinstance(times[0], str) else ("eager", "kernel")[times[1] < times[0]]
 
 
 def disagreement(eager: Callable[[], Tensor], kernel: Callable[[], Tensor], device: torch.device) -> float | str:

@@ -20,7 +20,6 @@ import torch
 from benchmarks import report
 from benchmarks.steps import LATENTS, MODELS, Steps
 from benchmarks.timing import COUNTED_ON, flops_of, interleaved
-from ncp_loss import NoiseConditionedPerceptualLoss
 
 REAL = {"sd15": 64, "sdxl": 128}
 LABELS = {"sd15": "SD 1.5, 64 x 64 latents", "sdxl": "SDXL, 128 x 128 latents", "tiny": "tiny"}
@@ -65,8 +64,7 @@ def at_layers(steps: Steps, every: int) -> dict[str, Callable[[], Any]]:
     layers = layers[::every]
     found: dict[str, Callable[[], Any]] = {BASE: steps.latent}
     for layer in layers:
-        ncp = NoiseConditionedPerceptualLoss(steps.unet, layer, schedule=steps.scheduler)
-        found[layer] = partial(steps.perceptual, ncp)
+        found[layer] = partial(steps.perceptual, steps.new_loss(layer))
     return found
 
 

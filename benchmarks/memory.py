@@ -5,7 +5,7 @@ begins, which is what it needs; the peak is that of the whole step; both are bey
 storage. "The loss holds" is what is alive once the loss is computed, beyond what was before its call. What the process
 takes from the system, or from the GPU, is its own account: kernels' workspaces included, in whole pages. Weights held
 beyond the user's model are counted too. Then the peak is followed over batch sizes, with all samples evaluated at once
-and with ``chunk_size=2``, one pair. Writes memory.csv, memory.json and memory.png.
+and with ``chunk_size=2``, one pair. Writes memory.csv, memory-batches.csv, memory.json and memory.png.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import report
 from benchmarks.steps import LATENTS, MODELS, Steps
-from ncp_loss import NoiseConditionedPerceptualLoss
 from ncp_loss.encoder import linearized
 
 BASE = "latent DPO"
@@ -45,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
         args.model, args.batches = "tiny", [2, 4]
     latents = args.latents or LATENTS[args.model]
     steps = Steps(args.model, latents, args.pairs, args.layer, torch.float32, args.device)
-    make = partial(NoiseConditionedPerceptualLoss, steps.unet, args.layer, schedule=steps.scheduler)
-    checkpointed = make(checkpoint=True)
+    checkpointed = steps.new_loss(checkpoint=True)
     contenders: dict[str, Callable[[], Any]] = {
         BASE: steps.latent,
         "NCP as published": steps.published_step,
@@ -70,14 +68,15 @@ def run(args: argparse.Namespace) -> None:
             "peak, MB": peak / 1e6,
             "peak beyond latent DPO, MB": (peak - base[1]) / 1e6,
             "process, MB": None if taken[name] is None else taken[name] / 1e6,
-            "the loss holds, MB": held_by_loss(steps, name) / 1e6,
+            "the loss holds, MB": (holds := held_by_loss(steps, name)) / 1e6,
+            "in predictions": holds / steps.noise.nbytes,
             "weights beyond the model, MB": weights.get(name, 0) / 1e6,
         }
         for name, (held, peak) in found.items()
     ]
     settings = {key: getattr(args, key) for key in ("model", "pairs", "layer")} | {"latents": latents}
-    activations = encoder_activations(steps) / (2 * args.pairs) * 2  # of one pair
-    batches = [row for size in args.batches for row in of_batch(size, args, latents)]
+    activations = encoder_activations(steps) / args.pairs
+    batches = [row for size in args.batches for row in of_batch(size, args, latents, activations)]
     content = {
         "settings": settings,
         "steps": rows,
@@ -86,29 +85,37 @@ def run(args: argparse.Namespace) -> None:
         "batches": batches,
     }
     report.write_csv(args.out / "memory.csv", rows)
+    report.write_csv(args.out / "memory-batches.csv", batches)
     report.write_json(args.out / "memory.json", report.record(args.device) | content)
     title = f"{args.model}, {latents} x {latents} latents, {args.layer}, float32"
     draw(args.out / "memory.png", rows, batches, activations / 1e6, title)
     report.print_table("A training step", rows, dict.fromkeys(rows[0], ".2f") | {"step": ""})
-    report.print_table("Peak by batch size", batches, {"peak beyond latent DPO, MB": ".2f"})
+    report.print_table("By batch size", batches, dict.fromkeys(list(batches[0])[2:], ".2f"))
     print(f"what the encoder alone holds for the backward pass of a pair: {activations / 1e6:.2f} MB")
 
 
-def of_batch(size: int, args: argparse.Namespace, latents: int) -> list[dict[str, Any]]:
-    """The peak of a step beyond latent DPO's, all samples evaluated at once and a pair at a time."""
+def of_batch(size: int, args: argparse.Namespace, latents: int, activations: float) -> list[dict[str, Any]]:
+    """The peak of a step beyond latent DPO's, all samples evaluated at once and a pair at a time; what losses hold."""
     steps = Steps(args.model, latents, size // 2, args.layer, torch.float32, args.device)
     steps.perceptual()
     base = held_and_peak(steps, steps.latent)[1]
     rows = []
     for chunk_size in (None, 2):
-        options: dict[str, Any] = {"schedule": steps.scheduler, "chunk_size": chunk_size}
-        ncp = NoiseConditionedPerceptualLoss(steps.unet, args.layer, **options)
-        peak = held_and_peak(steps, partial(steps.perceptual, ncp))[1]
-        rows.append({"rows": size, "chunk_size": str(chunk_size), "peak beyond latent DPO, MB": (peak - base) / 1e6})
+        ncp = steps.new_loss(chunk_size=chunk_size)
+        peak, held = held_and_peak(steps, partial(steps.perceptual, ncp))[1], held_by_loss(steps, "ncp_loss", ncp)
+        rows.append(
+            {
+                "rows": size,
+                "chunk_size": str(chunk_size),
+                "peak beyond latent DPO, MB": (peak - base) / 1e6,
+                "in a pair's encoder activations": (peak - base) / activations,
+                "the loss holds, predictions": held / steps.noise.nbytes,
+            }
+        )
     return rows
 
 
-def held_by_loss(steps: Steps, name: str) -> int:
+def held_by_loss(steps: Steps, name: str, ncp: nn.Module | None = None) -> int:
     """What is alive when the loss has been computed from given predictions, beyond what was."""
     model_pred, ref_pred = steps.predict(), steps.predict_reference()
     inputs = {
@@ -116,7 +123,7 @@ def held_by_loss(steps: Steps, name: str) -> int:
         BASE: lambda: steps.latent_loss(model_pred, ref_pred),
         "ncp_loss, kept reference error": lambda: steps.dpo(steps.ncp, model_pred, ref_error=steps.ref_error),
     }
-    make = inputs.get(name, lambda: steps.dpo(steps.ncp, model_pred, ref_pred=ref_pred))
+    make = inputs.get(name, lambda: steps.dpo(ncp or steps.ncp, model_pred, ref_pred=ref_pred))
     with Alive() as alive:
         loss = make()
         gc.collect()

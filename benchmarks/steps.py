@@ -57,7 +57,16 @@ class Steps:
     ``layer`` is where all perceptual losses take their features: "down_blocks" or "mid_block".
     """
 
-    def __init__(self, model: str, latents: int, pairs: int, layer: str, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        model: str,
+        latents: int,
+        pairs: int,
+        layer: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        difference: str = "auto",
+    ) -> None:
         self.before_backward = lambda: None
         torch.manual_seed(0)
         with torch.device(device):
@@ -71,7 +80,7 @@ class Steps:
             for parameter in self.parameters:
                 parameter.add_(0.01 * torch.randn_like(parameter))
         self.reference = frozen_view(self.unet)
-        self.ncp = NoiseConditionedPerceptualLoss(self.unet, layer, schedule=self.scheduler)
+        self.ncp = self.new_loss(difference=difference)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device, dtype=dtype)
@@ -97,6 +106,25 @@ class Steps:
     def shared(self) -> dict[str, Any]:
         return {"variance_noise": self.variance_noise, **self.extra}
 
+    def new_loss(self, layer: str | None = None, **options: Any) -> NoiseConditionedPerceptualLoss:
+        return NoiseConditionedPerceptualLoss(self.unet, layer or self.layer, schedule=self.scheduler, **options)
+
+    def evaluations(self, step: Callable[[], Any]) -> int:
+        """How often a step evaluates an encoder; a pass that has a graph goes backward too, and counts as two."""
+        passes: list[bool] = []
+        first_layers = self.ncp._encoder.view.conv_in, self.published.encoder.conv_in
+
+        def count(layer: nn.Module, args: tuple[Tensor]) -> None:
+            passes.append(torch.is_grad_enabled() and args[0].requires_grad)
+
+        handles = [layer.register_forward_pre_hook(count) for layer in first_layers]
+        try:
+            step()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return len(passes) + sum(passes)
+
     # The parts of a step.
 
     def predict(self) -> Tensor:
@@ -121,13 +149,13 @@ class Steps:
         return self.ncp._encoder(latents, self.timesteps, conditioning, latents.dtype)
 
     @torch.no_grad()
-    def fixed_encoder_part(self) -> None:
-        """What the perceptual loss evaluates without a graph in float32: two points."""
-        for _ in range(2):
+    def fixed_encoder_part(self, points: int) -> None:
+        """What the perceptual loss evaluates without a graph, one point after another."""
+        for _ in range(points):
             self.encode(self.noisy)
 
     def trained_encoder_part(self) -> None:
-        """The encoder's forward pass at the third point, and its backward pass to the latents."""
+        """The encoder's forward pass at one point, and its backward pass to the latents."""
         features, pull_back = linearized(self.encode, self.noisy)
         pull_back({layer: torch.ones_like(f) for layer, f in features.items()})
 

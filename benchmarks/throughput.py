@@ -2,7 +2,7 @@
 
 Each round runs every contender once, in one process; figures are medians over rounds, and ratios of medians. A step is
 forward and backward passes, with LoRA on attention, without the optimizer, which all share. Writes throughput.csv
-(every time), throughput.json (medians, ratios, FLOPs, where time goes) and throughput.png.
+(every time), throughput.json (medians, ratios, FLOPs, encoder evaluations, where time goes) and throughput.png.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from benchmarks import report
 from benchmarks.steps import LATENTS, MODELS, Steps
 from benchmarks.timing import COUNTED_ON, flops_of, interleaved
 from ncp_loss import ncp_dpo_loss
+from ncp_loss.difference import choose
 
-BASE, PEER, OURS = "latent DPO", "NCP as published", "ncp_loss"
+BASE, PEER, OURS, COMPILED = "latent DPO", "NCP as published", "ncp_loss", "ncp_loss, compiled"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,29 +42,32 @@ def run(args: argparse.Namespace) -> None:
     latents = args.latents or LATENTS[args.model]
     file = "throughput" if args.model in ("small", "tiny") else f"throughput-{args.model}"
     kept = report.Kept(args.out / f"{file}.partial.json", args.resume)
+    dtype = getattr(torch, args.dtype)
+    difference = choose("auto", dtype, args.device).kind  # a GPU may compute in TF32, which the counting device cannot
     steps, counted = (
-        Steps(args.model, latents, args.pairs, args.layer, getattr(torch, args.dtype), device)
+        Steps(args.model, latents, args.pairs, args.layer, dtype, device, difference)
         for device in (args.device, COUNTED_ON)
     )
-    contenders, parts = contenders_of(steps, args.compile), parts_of(steps)
+    evaluations = {name: counted.evaluations(step) for name, step in contenders_of(counted, False).items()}
+    points = evaluations[OURS] - 2  # at one more, the encoder runs forward and backward
+    contenders, parts = contenders_of(steps, args.compile), parts_of(steps, points)
     if args.only:
         contenders = {name: step for name, step in contenders.items() if name in (BASE, PEER, *args.only)}
     times = interleaved(contenders | parts, args.rounds, args.threads, kept)
-    flops = {name: flops_of(step) for name, step in (contenders_of(counted, False) | parts_of(counted)).items()}
-    flops["ncp_loss, compiled"] = flops[OURS]
-    evaluations = {name: evaluations_of(step, counted) for name, step in contenders_of(counted, False).items()}
-    evaluations |= {PEER: 4, "hook on the whole U-Net": 4, "ncp_loss, compiled": evaluations[OURS]}
+    counts = contenders_of(counted, False) | parts_of(counted, points)
+    flops = {name: flops_of(step) for name, step in counts.items()}
+    flops[COMPILED], evaluations[COMPILED] = flops[OURS], evaluations[OURS]
 
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     rows = [
         {
             "step": name,
+            "encoder evaluations": evaluations[name],
             "seconds": medians[name],
             "quartiles": statistics.quantiles(times[name], n=4)[::2] if len(times[name]) > 1 else None,
             "over latent DPO": medians[name] / medians[BASE],
             "over the published": medians[name] / medians[PEER],
             "FLOPs over latent DPO": flops[name] / flops[BASE],
-            "encoder evaluations": evaluations[name],
         }
         for name in contenders
     ]
@@ -95,12 +99,12 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def parts_of(steps: Steps) -> dict[str, Callable[[], Any]]:
+def parts_of(steps: Steps, points: int) -> dict[str, Callable[[], Any]]:
     return {
         "model, forward and backward": steps.model_part,
         "reference, forward": steps.predict_reference,
-        "encoder at two points, forward": steps.fixed_encoder_part,
-        "encoder at a third point, forward and backward": steps.trained_encoder_part,
+        f"encoder at {points} points, forward": lambda: steps.fixed_encoder_part(points),
+        "encoder at one more, forward and backward": steps.trained_encoder_part,
     }
 
 
@@ -113,19 +117,10 @@ def contenders_of(steps: Steps, compiled: bool) -> dict[str, Callable[[], Any]]:
     }
     if compiled:
         whole = torch.compile(ncp_dpo_loss)
-        contenders["ncp_loss, compiled"] = lambda: steps.perceptual(dpo=whole)
+        contenders[COMPILED] = lambda: steps.perceptual(dpo=whole)
     contenders["ncp_loss, kept reference prediction"] = steps.kept_prediction
     contenders["ncp_loss, kept reference error"] = steps.kept_error
     return contenders
-
-
-def evaluations_of(step: Callable[[], Any], steps: Steps) -> int:
-    """Of the encoder, its backward pass counted as one."""
-    calls: list[int] = []
-    handle = steps.ncp._encoder.view.register_forward_pre_hook(lambda *_: calls.append(1))
-    step()
-    handle.remove()
-    return len(calls) + 1 if calls else 0
 
 
 def profile_of(step: Callable[[], Any]) -> list[dict[str, Any]]:
