@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     draw(args.out / "kernels.png", passes)
     report.print_table("Compiled", compiled)
     report.print_table(f"Passes over features {shape}", passes)
+    print(verdict(passes))
 
 
 def compiled_to(kernel: Any, dtype: str, sm: int) -> dict[str, Any]:
@@ -118,6 +119,18 @@ def passes_of(shape: tuple[int, ...], device: torch.device) -> Any:
                 "faster": "not measured" if isinstance(times[0], str) else ("eager", "kernel")[times[1] < times[0]],
                 "relative difference": disagreement(eager[what], kernels[what], device),
             }
+
+
+def verdict(passes: list[dict[str, Any]]) -> str:
+    """Which is faster, and whether the two agree: sums to float32's rounding, cotangents to that of their dtype."""
+    if passes[0]["faster"] == "not measured":
+        return "time and agreement are measured on a GPU alone, with --device cuda"
+    agree = all(
+        row["relative difference"] <= (1e-5 if row["pass"] == "sums" else torch.finfo(DTYPES[row["dtype"]]).eps)
+        for row in passes
+    )
+    faster = sum(row["faster"] == "kernel" for row in passes)
+    return f"kernels are faster in {faster} of {len(passes)} passes, and {'agree' if agree else 'DISAGREE'} with eager ones"
 
 
 def disagreement(eager: Callable[[], Tensor], kernel: Callable[[], Tensor], device: torch.device) -> float | str:

@@ -4,8 +4,10 @@ Every tensor that an operation makes is followed until nobody holds it. "Held" i
 begins, which is what it needs; the peak is that of the whole step; both are beyond what existed before, and counted by
 storage. "The loss holds" is what is alive once the loss is computed, beyond what was before its call. What the process
 takes from the system, or from the GPU, is its own account: kernels' workspaces included, in whole pages. Weights held
-beyond the user's model are counted too. Then the peak is followed over batch sizes, with all samples evaluated at once
-and with ``chunk_size=2``, one pair. Writes memory.csv, memory-batches.csv, memory.json and memory.png.
+beyond the user's model are counted too. Then peaks are followed over batch sizes, with all samples evaluated at once
+and with ``chunk_size=2``, one pair: of the loss alone, from given predictions, and of a step. A step's may be no higher
+than latent DPO's, whose own peak comes later, in the model's backward pass. Writes memory.csv, memory-batches.csv,
+memory.json and memory.png.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             "peak, MB": peak / 1e6,
             "peak beyond latent DPO, MB": (peak - base[1]) / 1e6,
             "process, MB": None if taken[name] is None else taken[name] / 1e6,
-            "the loss holds, MB": (holds := held_by_loss(steps, name)) / 1e6,
+            "the loss holds, MB": (holds := of_loss(steps, name)[0]) / 1e6,
             "in predictions": holds / steps.noise.nbytes,
             "weights beyond the model, MB": weights.get(name, 0) / 1e6,
         }
@@ -102,21 +104,23 @@ def of_batch(size: int, args: argparse.Namespace, latents: int, activations: flo
     rows = []
     for chunk_size in (None, 2):
         ncp = steps.new_loss(chunk_size=chunk_size)
-        peak, held = held_and_peak(steps, partial(steps.perceptual, ncp))[1], held_by_loss(steps, "ncp_loss", ncp)
+        peak, (held, own) = held_and_peak(steps, partial(steps.perceptual, ncp))[1], of_loss(steps, "ncp_loss", ncp)
         rows.append(
             {
                 "rows": size,
                 "chunk_size": str(chunk_size),
-                "peak beyond latent DPO, MB": (peak - base) / 1e6,
-                "in a pair's encoder activations": (peak - base) / activations,
+                "the loss's own peak, MB": own / 1e6,
+                "own peak in a pair's activations": own / activations,
+                "peak of a step beyond latent DPO, MB": (peak - base) / 1e6,
+                "step's in a pair's activations": (peak - base) / activations,
                 "the loss holds, predictions": held / steps.noise.nbytes,
             }
         )
     return rows
 
 
-def held_by_loss(steps: Steps, name: str, ncp: nn.Module | None = None) -> int:
-    """What is alive when the loss has been computed from given predictions, beyond what was."""
+def of_loss(steps: Steps, name: str, ncp: nn.Module | None = None) -> tuple[int, int]:
+    """What is alive when the loss has been computed from given predictions, beyond what was; and at most meanwhile."""
     model_pred, ref_pred = steps.predict(), steps.predict_reference()
     inputs = {
         "NCP as published": lambda: steps.published(model_pred, ref_pred, steps),
@@ -129,7 +133,7 @@ def held_by_loss(steps: Steps, name: str, ncp: nn.Module | None = None) -> int:
         gc.collect()
         held = alive.now
     del loss
-    return held
+    return held, alive.peak
 
 
 def own_bytes(encoder: nn.Module, unet: nn.Module) -> int:
@@ -210,7 +214,7 @@ class Alive(TorchDispatchMode):
 
 
 def draw(path: Path, rows: list[dict[str, Any]], batches: list[dict[str, Any]], activations: float, title: str) -> None:
-    """What a step holds, a bar for each contender; the peak beyond latent DPO's by batch size."""
+    """What a step holds, a bar for each contender; peaks by batch size, of the loss alone and of a step."""
     figure, (held, peak) = report.new_figure(2, width=12, height=0.5 * len(rows) + 1.6)
     left, right = "held for backward, MB", "weights beyond the model, MB"
     for i, row in enumerate(rows):
@@ -227,13 +231,16 @@ def draw(path: Path, rows: list[dict[str, Any]], batches: list[dict[str, Any]], 
     held.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     for chunk, color in (("None", report.GREY), ("2", report.BLUE)):
         mine = [row for row in batches if row["chunk_size"] == chunk]
-        values = [row["peak beyond latent DPO, MB"] for row in mine]
-        peak.plot([row["rows"] for row in mine], values, marker="o", color=color, label=f"chunk_size={chunk}")
+        sizes, label = [row["rows"] for row in mine], f"chunk_size={chunk}"
+        own, step = (
+            [row[k] for row in mine] for k in ("the loss's own peak, MB", "peak of a step beyond latent DPO, MB")
+        )
+        peak.plot(sizes, own, marker="o", color=color, label=f"the loss alone, {label}")
+        peak.plot(sizes, step, marker="x", color=color, ls=":", label=f"a step beyond latent DPO's, {label}")
     peak.axhline(activations, color=report.ORANGE, ls="--", lw=1.2, label="the encoder's activations of one pair")
-    peak.set(xscale="log", yscale="log", xlabel="rows of the batch", ylabel="MB")
-    sizes = list(dict.fromkeys(row["rows"] for row in batches))
+    peak.set(xscale="log", xlabel="rows of the batch", ylabel="MB")
     peak.set_xticks(sizes, [str(size) for size in sizes])
     peak.minorticks_off()
-    peak.set_title("Peak of a step, beyond latent DPO's", fontsize=11)
+    peak.set_title("Peak by batch size", fontsize=11)
     peak.legend(frameon=False, fontsize=9)
     report.save_figure(path, figure)
