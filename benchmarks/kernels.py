@@ -123,14 +123,13 @@ def passes_of(shape: tuple[int, ...], device: torch.device) -> Any:
 
 def verdict(passes: list[dict[str, Any]]) -> str:
     """Which is faster, and whether the two agree: sums to float32's rounding, cotangents to that of their dtype."""
+    bound = {"sums": 1e-5} | {dtype: 4 * torch.finfo(DTYPES[dtype]).eps for dtype in DTYPES}
     if passes[0]["faster"] == "not measured":
         return "time and agreement are measured on a GPU alone, with --device cuda"
-    agree = all(
-        row["relative difference"] <= (1e-5 if row["pass"] == "sums" else torch.finfo(DTYPES[row["dtype"]]).eps)
-        for row in passes
-    )
+    agree = all(row["relative difference"] <= bound.get(row["pass"], bound[row["dtype"]]) for row in passes)
     faster = sum(row["faster"] == "kernel" for row in passes)
-    return f"kernels are faster in {faster} of {len(passes)} passes, and {'agree' if agree else 'DISAGREE'} with eager ones"
+    says = "agree" if agree else "DISAGREE"
+    return f"kernels are faster in {faster} of {len(passes)} passes, and {says} with eager ones"
 
 
 def disagreement(eager: Callable[[], Tensor], kernel: Callable[[], Tensor], device: torch.device) -> float | str:

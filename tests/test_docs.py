@@ -80,14 +80,6 @@ def profile_rows() -> list[str]:
     return [f"| `{name}` | {small[name]:.0%} | {real[name]:.0%} |" for name in leading]
 
 
-def fidelity_rows() -> list[str]:
-    rows = []
-    for r in result("throughput")["features of the current step"]:
-        when = "all" if r["timestep"] is None else r["timestep"]
-        rows.append(f"| {r['network']} | {when} | {r['cosine']:.4f} | {r['lowest']:.4f} | {r['size ratio']:.3f} |")
-    return rows
-
-
 def layer_rows() -> list[str]:
     found = {(r["model"], r["layer"]): f"{r['FLOPs']:.2f}" for r in result("layers")["layers"]}
     layers = dict.fromkeys(layer for model, layer in found if model == "sd15" and layer != "latent DPO")
@@ -100,25 +92,22 @@ def memory_rows() -> list[str]:
 
 
 def performance_figures() -> list[str]:
-    throughput, memory, kernels = result("throughput"), result("memory"), result("kernels")
+    throughput, kernels = result("throughput"), result("kernels")
     real = result("throughput-sd15")
     backward, forward = (row["share"] for row in throughput["profile"][:2])  # of attention
-    checkpointed = next(r for r in memory["steps"] if "checkpoint" in r["step"])
     return [
         f"Medians of {throughput['settings']['rounds']} interleaved rounds",
         f"medians of {real['settings']['rounds']} rounds",
         f"at SD 1.5's size {real['step over its parts']['time']:.2f} times",
         f"its backward pass takes\n  {backward / forward:.1f} times its forward's time",
         f"takes {throughput['step over its parts']['time']:.2f} times the sum of its parts",
-        f"alone are {memory['encoder activations, MB']:.1f} MB",
-        "{:.0%} of that remains".format(checkpointed["over ncp_loss's"]),
         f"at most {max(row['registers'] for row in kernels['compiled'])} registers",
     ]
 
 
 def test_the_performance_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "performance.md").read_text()
-    rows = throughput_rows() + throughput_rows("throughput-sd15") + profile_rows() + fidelity_rows()
+    rows = throughput_rows() + throughput_rows("throughput-sd15") + profile_rows()
     rows += layer_rows() + memory_rows() + performance_figures()
     for row in rows:
         assert row in page, row
