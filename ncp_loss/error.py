@@ -104,7 +104,8 @@ def _sums(features: list[Tensor], model: Tensor, gap: Tensor, impl: str) -> Tens
     if impl == "triton":
         from .fused import sums
 
-        return cast(Tensor, sums(features, torch.stack([model, gap])))
+        coefficients = torch.stack([model, gap]).to(torch.promote_types(model.dtype, features[0].dtype))
+        return cast(Tensor, sums(features, coefficients))
     w, u = _combined(features, model), _combined(features, gap)
     means = [reduce(x, "b ... -> b", "mean") for x in (w.square(), (w - u).square(), u * (2 * w - u))]
     return torch.stack(means)
@@ -121,10 +122,8 @@ def _cotangent(features: list[Tensor], coefficients: Tensor, impl: str) -> Tenso
 
 def _combined(features: list[Tensor], coefficients: Tensor) -> Tensor:
     wide = torch.promote_types(features[0].dtype, torch.float32)
-    total = torch.zeros((), dtype=wide, device=features[0].device)
-    for f, coefficient in zip(features, coefficients, strict=True):
-        total = torch.addcmul(total, per_sample(coefficient, f), f.to(wide))
-    return total
+    terms = [per_sample(c, f) * f.to(wide) for c, f in zip(coefficients, features, strict=True)]
+    return cast(Tensor, sum(terms))
 
 
 def _inverse(x: Tensor) -> Tensor:

@@ -96,18 +96,16 @@ def sums(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
         (3, B).
     """
     features, (_, points, rows) = _dense(features), coefficients.shape
-    size, dtype = features[0][0].numel(), torch.promote_types(features[0].dtype, coefficients.dtype)
+    size = features[0][0].numel()
     parts = triton.cdiv(size, BLOCK * ROUNDS)
-    partial = coefficients.new_empty(3, rows, parts, dtype=dtype)
-    given = *_four(features), coefficients.contiguous(), partial, size
-    sums_kernel[(parts, rows)](*given, POINTS=points, BLOCK=BLOCK, ROUNDS=ROUNDS)
+    partial = coefficients.new_empty(3, rows, parts)
+    sums_kernel[(parts, rows)](*_four(features), coefficients.contiguous(), partial, size, points, BLOCK, ROUNDS)
     return partial.sum(-1).div_(size)
 
 
 @sums.register_fake
 def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    dtype = torch.promote_types(features[0].dtype, coefficients.dtype)
-    return coefficients.new_empty(3, coefficients.shape[2], dtype=dtype)
+    return coefficients.new_empty(3, coefficients.shape[2])
 
 
 @torch.library.custom_op("ncp_loss::combined", mutates_args=())
@@ -116,8 +114,7 @@ def combined(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     features = _dense(features)
     out, size = torch.empty_like(features[0]), features[0][0].numel()
     grid = (triton.cdiv(size, BLOCK), len(features[0]))
-    given = *_four(features), coefficients.contiguous(), out, size
-    combined_kernel[grid](*given, POINTS=len(features), BLOCK=BLOCK)
+    combined_kernel[grid](*_four(features), coefficients.contiguous(), out, size, len(features), BLOCK)
     return out
 
 
