@@ -47,7 +47,7 @@ def test_the_package_is_small_and_every_file_opens_with_its_purpose():
         if file.name != "__init__.py":
             assert first[3:].startswith(f"{file.stem}: ")
     lines = [line for file in files for line in file.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 1630
+    assert len(lines) <= 1900
 
 
 def test_public_names_are_those_of_the_contract_and_documented():
@@ -55,6 +55,7 @@ def test_public_names_are_those_of_the_contract_and_documented():
     assert set(ncp_loss.__all__) == {
         *("NoiseConditionedPerceptualLoss", "NoiseSchedule", "PreferenceOutput", "frozen_view"),
         *("cpo_loss", "dpo_loss", "sft_loss", "ncp_cpo_loss", "ncp_dpo_loss", "ncp_sft_loss"),
+        *("mapo_loss", "kto_loss", "preference_metrics", "by_timestep", "absolute_winners"),
     }
     for name in ncp_loss.__all__:
         assert len(getattr(ncp_loss, name).__doc__.splitlines()) > 0
