@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from .checks import bad
 
 COLUMNS = ("caption", "image_0_uid", "image_1_uid", "label_0", "label_1")
-OUTCOMES = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
+SHARES = {(1.0, 0.0): 1.0, (0.0, 1.0): 0.0, (0.5, 0.5): 0.5}  # by labels: how much of the win is the first image's
 Row = TypeVar("Row", bound=Mapping[str, Any])
-
-
-class _Pair(NamedTuple):
-    caption: Hashable
-    winner: Hashable
-    loser: Hashable
-    tie: bool
 
 
 def absolute_winners(rows: Iterable[Row]) -> list[Row]:
@@ -43,35 +37,39 @@ def absolute_winners(rows: Iterable[Row]) -> list[Row]:
     >>> [(row["image_0_uid"], row["image_1_uid"]) for row in absolute_winners(rows)]  # d alone; c drew
     [('e', 'd')]
     """
-    # By prompt and image: its last row and that row's number, or None once it has lost or drawn.
-    last: dict[Hashable, dict[Hashable, tuple[int, Row] | None]] = {}
+    # By prompt and image: the number of the last row that it won, or None once it has lost or drawn.
+    last: defaultdict[Hashable, dict[Hashable, int | None]] = defaultdict(dict)
+    kept: dict[int | None, Row] = {}
     for number, row in enumerate(rows):
-        pair = _read(row, number)
-        images = last.setdefault(pair.caption, {})
-        images[pair.loser] = None
-        if pair.tie:
-            images[pair.winner] = None
-        elif images.get(pair.winner, ()) is not None:
-            images[pair.winner] = number, row
-    kept = [found for images in last.values() for found in images.values() if found is not None]
-    return [row for _, row in sorted(kept, key=lambda found: found[0])]
+        caption, winner, loser, tie = _read(row, number)
+        images = last[caption]
+        kept.pop(images.get(loser), None)
+        images[loser] = None
+        won = images.get(winner, number)
+        if won is not None:
+            kept.pop(won, None)
+            images[winner] = None if tie else number
+            if not tie:
+                kept[number] = row
+    return list(kept.values())
 
 
-def _read(row: Mapping[str, Any], number: int) -> _Pair:
-    if not isinstance(row, Mapping):
-        raise bad(f"rows[{number}]", f"a mapping with {', '.join(COLUMNS)}", type(row).__name__, TypeError)
+def _read(row: Mapping[str, Any], number: int) -> tuple[Hashable, Hashable, Hashable, bool]:
+    """Caption, winner, loser, and whether they drew."""
     try:
-        caption, first, second, *labels = [row[column] for column in COLUMNS]
-    except KeyError:
-        raise bad(f"rows[{number}]", f"a mapping with {', '.join(COLUMNS)}", f"one with {', '.join(row)}") from None
-    if any(value is None or value != value for value in (caption, first, second)):  # NaN is pandas' None
-        raise bad(f"rows[{number}]'s caption, image_0_uid, image_1_uid", "given", repr((caption, first, second)))
+        caption, first, second = row["caption"], row["image_0_uid"], row["image_1_uid"]
+        labels = row["label_0"], row["label_1"]
+    except (KeyError, TypeError):
+        must_be = f"a mapping with {', '.join(COLUMNS)}"
+        if not isinstance(row, Mapping):
+            raise bad(f"rows[{number}]", must_be, type(row).__name__, TypeError) from None
+        raise bad(f"rows[{number}]", must_be, f"one with {', '.join(row)}") from None
+    for value in (caption, first, second):
+        if value is None or value != value:  # NaN is pandas' None
+            raise bad(f"rows[{number}]'s caption, image_0_uid, image_1_uid", "given", repr((caption, first, second)))
     try:
-        outcome = float(labels[0]), float(labels[1])
-    except (TypeError, ValueError):
-        outcome = None
-    if outcome not in OUTCOMES:
+        share = SHARES[labels] if labels in SHARES else SHARES[float(labels[0]), float(labels[1])]
+    except (KeyError, TypeError, ValueError):
         must_be = "1 and 0, 0 and 1, or 0.5 and 0.5 for a tie"
-        raise bad(f"rows[{number}]'s label_0, label_1", must_be, f"{labels[0]!r} and {labels[1]!r}")
-    winner, loser = (first, second) if outcome[0] >= outcome[1] else (second, first)
-    return _Pair(caption, winner, loser, outcome[0] == outcome[1])
+        raise bad(f"rows[{number}]'s label_0, label_1", must_be, f"{labels[0]!r} and {labels[1]!r}") from None
+    return (caption, first, second, share == 0.5) if share else (caption, second, first, False)
