@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import oracle
 import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from models import batch, sd15
 
-from ncp_loss import by_timestep, cpo_loss, dpo_loss, kto_loss, mapo_loss, preference_metrics, sft_loss
+from ncp_loss import (
+    NoiseConditionedPerceptualLoss,
+    by_timestep,
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    mapo_loss,
+    preference_metrics,
+    sft_loss,
+)
 from ncp_loss.objectives import LOSS_TYPES
 
 SMOOTHED = ("sigmoid", "robust")
@@ -364,3 +377,52 @@ def test_metrics_of_a_learned_beta_carry_no_gradient_and_halves_do_not_overflow(
     metrics = preference_metrics(e.mean(), e, e / 2, (e, e), beta)
     assert all(not value.requires_grad and value.isfinite() for value in metrics.values())
     assert metrics["rewards/rejected"].item() == 2500 * 22.5
+
+
+def safeguard_of_the_page() -> str:
+    page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "autograd.grad" in block]
+    return block
+
+
+@pytest.mark.parametrize("shared", [-1.0, 0.0, 0.2, 1.0])
+def test_the_pages_safeguard_scales_the_losers_gradient_by_its_formula_and_keeps_every_value(shared):
+    """The model adds a trained array to winner and loser; ``shared`` is how far they then go the same way."""
+    unet = sd15(dtype=torch.float32)
+    arguments = batch(unet, 2, pairs=True, height=8, width=8)
+    ncp, target, ref_pred = NoiseConditionedPerceptualLoss(unet), arguments["target"], arguments["ref_pred"]
+    names = ("target", "noisy_latents", "timesteps", "encoder_hidden_states")
+    inputs = [arguments[name] for name in names]
+    noise = (arguments["model_pred"].detach() - target).chunk(2)
+    start = target + torch.cat([noise[0], shared * noise[0] + (1 - abs(shared)) * noise[1]])
+    trained = torch.zeros_like(start[:2], requires_grad=True)
+    scope = {"torch": torch, "dpo_loss": dpo_loss, "ncp": NoDraws(ncp), "inputs": inputs, "ref_pred": ref_pred}
+    scope["model_pred"] = start + trained.repeat(2, 1, 1, 1)
+    exec(safeguard_of_the_page(), scope)
+    scope["loss"].backward()
+
+    leaf = start.clone().requires_grad_()
+    error, ref_error = NoDraws(ncp).errors(leaf, *inputs, ref_pred=ref_pred, pairs=True)
+    winner, loser = torch.autograd.grad(error.sum(), leaf)[0].double().chunk(2)
+    pairs = list(zip(winner.flatten().tolist(), loser.flatten().tolist(), strict=True))
+    overlap, size = math.fsum(a * b for a, b in pairs), math.fsum(a * a for a, _ in pairs)
+    scale = min(0.1 * size / overlap, 1.0) if overlap > 0 else 1.0
+    assert (overlap > 0) == (shared > 0.1) or shared == 0
+    assert scope["scale"].item() == pytest.approx(scale, rel=1e-4)
+    assert scale * overlap <= 0.1 * size * (1 + 1e-9) or overlap <= 0  # a step lowers the winners' error
+
+    chosen, rejected, ref = *error.detach().double().chunk(2), ref_error.double()
+    z = 2500 * ((rejected - ref[2:]) - (chosen - ref[:2]))
+    factor = (2500 * torch.sigmoid(-z) / 2)[:, None, None, None]  # of the mean over two pairs
+    torch.testing.assert_close(trained.grad.double(), factor * (winner - scale * loser), rtol=1e-3, atol=1e-9)
+    plain = dpo_loss(*error.detach().chunk(2), *ref_error.chunk(2), beta=2500.0)
+    torch.testing.assert_close(scope["loss"].detach(), plain)
+
+
+class NoDraws(NamedTuple):
+    """The loss with z = 0 in its reverse step, so that two calls see the same."""
+
+    ncp: NoiseConditionedPerceptualLoss
+
+    def errors(self, model_pred: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> Any:
+        return self.ncp.errors(model_pred, *inputs, variance_noise=torch.zeros_like(inputs[0]), **options)
