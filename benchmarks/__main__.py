@@ -16,6 +16,7 @@ BENCHMARKS = {
     "layers": "what each layer costs, and how the cost grows",
     "memory": "what a training step holds, and weights beyond the model",
     "kernels": "what the fused kernels compile to, and the memory they move",
+    "winners": "what the filter of absolute winners takes, at the size of Pick-a-Pic v2",
     "alignment": "digits aligned with the encoder in float32 and in bfloat16",
 }
 

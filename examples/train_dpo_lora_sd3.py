@@ -15,6 +15,7 @@ from training import (
     draw,
     load_pipeline,
     measure,
+    metrics_of,
     new_accelerator,
     new_ncp,
     new_parser,
@@ -24,7 +25,6 @@ from training import (
 )
 
 from ncp_loss import dpo_loss, frozen_view
-from ncp_loss.objectives import preference_metrics
 
 
 def main() -> None:
@@ -81,9 +81,9 @@ def main() -> None:
         with torch.no_grad():
             ref_pred = batch["ref_preds"] if "ref_preds" in batch else predict(reference, *inputs, condition)
         error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
-        (chosen, rejected), ref = error.chunk(2), ref_error.chunk(2)
-        loss = dpo_loss(chosen, rejected, *ref, beta=args.beta_dpo)
-        return loss, preference_metrics(loss, chosen, rejected, ref, args.beta_dpo)
+        ref = ref_error.chunk(2)
+        loss = dpo_loss(*error.chunk(2), *ref, beta=args.beta_dpo)
+        return loss, metrics_of(loss, error, ref, args.beta_dpo, inputs[1])
 
     def reference_prediction(batch):
         inputs, condition, *_ = question(batch)

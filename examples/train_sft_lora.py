@@ -19,6 +19,7 @@ from training import (
     new_ncp,
     new_parser,
     parse,
+    split,
     target_of,
     train,
 )
@@ -51,7 +52,8 @@ def main() -> None:
         model_pred = unet(*inputs).sample
         error, _ = measure(args.loss_space, ncp, model_pred, target, *inputs, variance_noise=variance_noise)
         loss = sft_loss(error)
-        return loss, {"loss": loss.detach(), "raw_model_loss": error.detach().mean()}
+        metrics = {"loss": loss.detach(), "raw_model_loss": error.detach().mean()}
+        return loss, metrics | split("raw_model_loss", error, timesteps)
 
     def save(unet):
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))

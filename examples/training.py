@@ -10,7 +10,7 @@ import argparse
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from training_data import Data, Parser, Stream, collate, digest, load_data
 
-from ncp_loss import NoiseConditionedPerceptualLoss
+from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, preference_metrics
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # what tells one family of pipelines from another
+BY_TIMESTEP = "/t"  # in the name of a metric of which a batch may hold nothing
 Step = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -57,6 +58,8 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
     add("--train_data_dir", help="a folder of images with metadata.jsonl, instead of a table")
     add("--caption_column", default="caption", help="the column, or the key in metadata.jsonl, that holds captions")
     add("--max_train_samples", type=int, help="use no more than the first so many rows")
+    add("--absolute_winners", action="store_true",
+        help="of each prompt, only images that neither lost nor drew, each with the one it beat last")  # fmt: skip
     add("--cache_dir", help="where downloads are kept")
     add("--output_dir", help="where weights and checkpoints go")
     add("--logging_dir", default="logs", help="where logs go, inside --output_dir")
@@ -279,6 +282,29 @@ def measure(
     return error, ref_error
 
 
+def metrics_of(
+    loss: Tensor, error: Tensor, ref: tuple[Tensor, Tensor], beta: float, timesteps: Tensor
+) -> dict[str, Tensor]:
+    """What there is to log of pairs: their metrics, and their mean margin by timestep, NaN where no pair was.
+
+    Args:
+        loss: of the batch.
+        error: the model's, (2B,), winners first.
+        ref: the reference's, (B,) of winners and (B,) of losers.
+        beta: as in the loss.
+        timesteps: (2B,).
+    """
+    chosen, rejected = error.detach().chunk(2)
+    margins = beta * ((rejected - ref[1]) - (chosen - ref[0]))
+    metrics = preference_metrics(loss, chosen, rejected, ref, beta)
+    return metrics | split("rewards/margins", margins, timesteps.chunk(2)[0])
+
+
+def split(name: str, values: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+    """By the range of timesteps, the mean of what there is one of for each sample or pair, NaN where there is none."""
+    return {f"{name}{BY_TIMESTEP}{part}": mean for part, mean in by_timestep(values, timesteps).items()}
+
+
 def new_loader(args: argparse.Namespace, accelerator: Accelerator, stream: Stream) -> DataLoader:
     """Batches of a stream, in its order; a generator of its own leaves the process's for the model's draws."""
     options = {"num_workers": args.dataloader_num_workers, "generator": torch.Generator()}
@@ -301,7 +327,7 @@ def reference_predictions(
     if not args.precompute_reference:
         return None
     names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "seed"]
-    names += ["resolution", "random_crop", "no_hflip"]
+    names += ["absolute_winners", "resolution", "random_crop", "no_hflip"]
     names += ["no_text_encoder_3", "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std"]
     settings = {name: str(getattr(args, name, None)) for name in names}
     settings |= {"data": data.identity, "rows": str(len(data)), "mixed_precision": accelerator.mixed_precision}
@@ -321,6 +347,19 @@ def reference_predictions(
             path.with_suffix(".partial").replace(path)
         accelerator.wait_for_everyone()
     return load_file(path)["ref_preds"]
+
+
+def means_of(names: Iterable[str], seen: Tensor) -> dict[str, float]:
+    """Each metric's mean over the batches of a step and the processes; of those by timestep, over what there was.
+
+    Args:
+        names: of the metrics.
+        seen: a row for each batch, a column for each metric.
+    """
+    lacking = [BY_TIMESTEP in name for name in names]
+    means = torch.where(torch.tensor(lacking, device=seen.device), seen.nanmean(0), seen.mean(0)).tolist()
+    found = zip(names, means, lacking, strict=True)
+    return {name: mean for name, mean, may_lack in found if not (may_lack and math.isnan(mean))}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -404,9 +443,8 @@ def train(
         if not accelerator.sync_gradients:
             continue
         step += 1
-        means = accelerator.gather(torch.stack(seen)).mean(0).tolist()
+        logs = means_of(metrics, accelerator.gather(torch.stack(seen))) | {"lr": lr_scheduler.get_last_lr()[0]}
         seen.clear()
-        logs = dict(zip(metrics, means, strict=True)) | {"lr": lr_scheduler.get_last_lr()[0]}
         accelerator.log(logs, step=step)
         shown = [name for name in ("loss", "rewards/margins", "rewards/accuracies") if name in logs]
         progress.set_postfix({name: f"{logs[name]:.4g}" for name in shown})

@@ -5,7 +5,9 @@ Data comes in one of two forms:
 - `--dataset_name`: a `datasets` table by its name on the hub, or a folder that `save_to_disk` wrote. Preference pairs
   have columns `jpg_0`, `jpg_1`, `label_0` (1 where the first image won, 0 where the second did; anything undecided is
   skipped) and `caption`, as Pick-a-Pic has, or `chosen`, `rejected` and `caption`. Winners alone have `image` and
-  `caption`, or are taken from pairs. Images are PIL images or encoded bytes.
+  `caption`, or are taken from pairs. Images are PIL images or encoded bytes. With `--absolute_winners`, a table like
+  Pick-a-Pic's, with `image_0_uid`, `image_1_uid` and `label_1` too, is first filtered as in the paper: of each prompt,
+  the images that neither lost nor drew, each with the one that it beat last.
 - `--train_data_dir`: a folder with `chosen/NAME.png`, `rejected/NAME.png` (winners alone: `NAME.png`, or
   `chosen/NAME.png`) and `metadata.jsonl`, one line for each name: `{"file_name": "NAME.png", "caption": "a red fox"}`.
 """
@@ -23,6 +25,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from ncp_loss import absolute_winners
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -74,6 +78,8 @@ def load_data(parser: Parser, args: argparse.Namespace, pairs: bool) -> Data:
         parser.refuse("data", "given by one of --dataset_name and --train_data_dir", given)
     name = "--dataset_name" if args.dataset_name else "--train_data_dir"
     table, identity = _named_table(parser, args) if args.dataset_name else _folder_table(parser, args, pairs)
+    if args.absolute_winners:
+        table = _absolute_winners(parser, args, name, table)
 
     choices = [("jpg_0", "jpg_1", "label_0"), ("chosen", "rejected")]
     if not pairs:
@@ -124,6 +130,20 @@ def _named_table(parser: Parser, args: argparse.Namespace) -> tuple[datasets.Dat
             parser.refuse("--dataset_split_name", f"one of {', '.join(table)}", split)
         table = table[split]
     return table, table._fingerprint
+
+
+def _absolute_winners(parser: Parser, args: argparse.Namespace, name: str, table: datasets.Dataset) -> datasets.Dataset:
+    """The rows that the paper's filter keeps; no image is decoded for it."""
+    columns = {"caption": args.caption_column} | {c: c for c in ("image_0_uid", "image_1_uid", "label_0", "label_1")}
+    if not set(columns.values()) <= set(table.column_names):
+        must_be = f"{', '.join(columns.values())} and others, for --absolute_winners"
+        parser.refuse(f"{name}'s columns", must_be, ", ".join(table.column_names))
+    values = table.select_columns(list(columns.values())).with_format(None)[:]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*(values[c] for c in columns.values()), strict=True)]
+    try:
+        return table.select([row["row"] for row in absolute_winners(row | {"row": i} for i, row in enumerate(rows))])
+    except ValueError as error:
+        parser.error(f"{name}, for --absolute_winners: {error}")
 
 
 def _folder_table(parser: Parser, args: argparse.Namespace, pairs: bool) -> tuple[datasets.Dataset, str]:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .checks import bad, check_choice, check_errors, check_positive
+from .checks import (
+    bad,
+    check_choice,
+    check_device,
+    check_errors,
+    check_floating,
+    check_like,
+    check_tensor,
+    values_are_free,
+)
 
-LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "linear", "dmpo")
 REDUCTIONS = ("mean", "sum", "none")
+# As published: the slope and the bounds of Linear-DPO's weight, and DMPO's target for the loser.
+LINEAR_SLOPE, LINEAR_FLOOR = 0.2, 1e-3
+DMPO_TARGET = 0.01
 
 
 class PreferenceOutput(NamedTuple):
@@ -35,25 +51,34 @@ def dpo_loss(
     ref_chosen_error: Tensor,
     ref_rejected_error: Tensor,
     *,
-    beta: float = 2500.0,
+    beta: float | Tensor = 2500.0,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Direct preference optimisation on denoising errors (Diffusion-DPO; paper, eq. 18).
+    r"""Direct preference optimisation on denoising errors (Diffusion-DPO; paper, eq. 18), and its relatives.
 
-    ``m = -beta [(chosen - ref_chosen) - (rejected - ref_rejected)]``, then per pair
+    ``z = -beta [(chosen - ref_chosen) - (rejected - ref_rejected)]``, then per pair
 
-    - "sigmoid": ``-(1 - s) log sigmoid(m) - s log sigmoid(-m)`` with label smoothing s,
-    - "hinge": ``max(0, 1 - m)``,
-    - "ipo": ``(m / beta - 1 / (2 beta))^2``.
+    - "sigmoid": ``-(1 - s) log sigmoid(z) - s log sigmoid(-z)`` with label smoothing s,
+    - "hinge": ``max(0, 1 - z)``,
+    - "ipo": ``(z / beta - 1 / (2 beta))^2``,
+    - "robust": ``[-(1 - s) log sigmoid(z) + s log sigmoid(-z)] / (1 - 2 s)``, the loss without bias where labels are
+      flipped with probability s (arXiv 2403.00409),
+    - "linear": ``beta w (chosen - rejected)``, ``w = clamp(1/2 - 0.2 z, 0.001, 0.999)`` held constant: its gradient is
+      DPO's with w for sigmoid(-z) (Linear-DPO, arXiv 2605.21123, whose code leaves out the factor beta),
+    - "dmpo": ``KL[(p, 1 - p) || (0.99, 0.01)]``, ``p = sigmoid(z)`` (DMPO, arXiv 2507.07510),
+
+    each ``+ sft_weight * chosen``.
 
     Args:
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
         ref_chosen_error, ref_rejected_error: the reference model's, (B,).
-        beta: multiplies the margin of mean errors, once; nothing is halved.
-        loss_type: "sigmoid", "hinge" or "ipo".
-        label_smoothing: probability that a preference is the wrong way round, in [0, 0.5); "sigmoid" only.
+        beta: multiplies the margin of mean errors, once; nothing is halved. A number, or one for each pair, (B,).
+        loss_type: one of those above.
+        label_smoothing: probability that a preference is the wrong way round, in [0, 0.5); "sigmoid" and "robust" only.
+        sft_weight: of the winner's own error, an anchor; not negative.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -73,29 +98,40 @@ def dpo_loss(
         ref_rejected_error=ref_rejected_error,
     )
     check_choice("loss_type", loss_type, LOSS_TYPES)
-    check_positive("beta", beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise bad("label_smoothing", "in [0, 0.5)", repr(label_smoothing))
-    if label_smoothing and loss_type != "sigmoid":
+    beta = _check_beta(beta, chosen_error)
+    _check_weight("sft_weight", sft_weight)
+    _check_number("label_smoothing", label_smoothing, "in [0, 0.5)", lambda s: 0 <= s < 0.5)
+    if label_smoothing and loss_type not in ("sigmoid", "robust"):
         raise bad("label_smoothing", f"0 for loss_type={loss_type!r}", repr(label_smoothing))
     margin = _margin(chosen_error, rejected_error, ref_chosen_error, ref_rejected_error)
-    logits = beta * margin
-    if loss_type == "hinge":
-        loss = (1 - logits).relu()
-    elif loss_type == "ipo":
+    if loss_type == "ipo":
         loss = (margin - 1 / (2 * beta)).square()
+    elif loss_type == "linear":
+        weight = (0.5 - LINEAR_SLOPE * beta * margin).clamp(LINEAR_FLOOR, 1 - LINEAR_FLOOR).detach()
+        loss = -beta * weight * _margin(chosen_error, rejected_error)
     else:
-        loss = -logsigmoid(logits)
-        if label_smoothing:
-            loss = (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-logits)
-    return reduce_batch(loss, reduction)
+        loss = _of_logits(beta * margin, loss_type, label_smoothing)
+    return reduce_batch(loss + sft_weight * chosen_error.to(loss.dtype), reduction)
+
+
+def _of_logits(logits: Tensor, loss_type: str, label_smoothing: float) -> Tensor:
+    """The types of loss that know of a pair only its margin times beta."""
+    if loss_type == "hinge":
+        return (1 - logits).relu()
+    right, wrong = logsigmoid(logits), logsigmoid(-logits)  # log p, log(1 - p)
+    if loss_type == "dmpo":
+        kept, lost = math.log(1 - DMPO_TARGET), math.log(DMPO_TARGET)
+        return right.exp() * (right - kept) + wrong.exp() * (wrong - lost)
+    if loss_type == "robust":
+        return (label_smoothing * wrong - (1 - label_smoothing) * right) / (1 - 2 * label_smoothing)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong if label_smoothing else -right
 
 
 def cpo_loss(
     chosen_error: Tensor,
     rejected_error: Tensor,
     *,
-    beta: float = 2500.0,
+    beta: float | Tensor = 2500.0,
     sft_weight: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
@@ -105,7 +141,7 @@ def cpo_loss(
 
     Args:
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
-        beta: multiplies the margin of mean errors, once.
+        beta: multiplies the margin of mean errors, once. A number, or one for each pair, (B,).
         sft_weight: lambda, not negative.
         reduction: "mean", "sum" or "none".
 
@@ -120,11 +156,10 @@ def cpo_loss(
     tensor(1.1931)
     """
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error)
-    check_positive("beta", beta)
-    if not sft_weight >= 0:
-        raise bad("sft_weight", "not negative", repr(sft_weight))
-    loss = -logsigmoid(beta * _margin(chosen_error, rejected_error)) + sft_weight * chosen_error
-    return reduce_batch(loss, reduction)
+    beta = _check_beta(beta, chosen_error)
+    _check_weight("sft_weight", sft_weight)
+    loss = -logsigmoid(beta * _margin(chosen_error, rejected_error))
+    return reduce_batch(loss + sft_weight * chosen_error.to(loss.dtype), reduction)
 
 
 def sft_loss(chosen_error: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -147,8 +182,116 @@ def sft_loss(chosen_error: Tensor, *, reduction: str = "mean") -> Tensor:
     return reduce_batch(chosen_error, reduction)
 
 
+def mapo_loss(
+    chosen_error: Tensor,
+    rejected_error: Tensor,
+    *,
+    beta: float | Tensor = 0.1,
+    scale: float = 0.5,
+    steps: int = 1000,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Margin-aware preference optimisation: no reference, and the winner's own error (MaPO, arXiv 2406.06424).
+
+    ``chosen - beta log sigmoid(steps [f(chosen) - f(rejected)])`` per pair, ``f(e) = scale e / (exp(scale e) - 1)``.
+
+    Args:
+        chosen_error, rejected_error: the model's errors on winners and losers, (B,). ``scale`` and ``beta`` are
+            published for latent errors, of order 0.1 to 1.
+        beta: weighs the preference against the winner's error; it multiplies no margin. A number, or one for each
+            pair, (B,).
+        scale: of the errors in f, a positive number.
+        steps: of the noise schedule, T; a positive number.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        0-dim, or (B,) for "none".
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
+
+    >>> e = torch.tensor([0.5])
+    >>> mapo_loss(e, e)  # 0.5 + 0.1 log 2
+    tensor(0.5693)
+    """
+    check_errors(chosen_error=chosen_error, rejected_error=rejected_error)
+    beta = _check_beta(beta, chosen_error)
+    for name, value in (("scale", scale), ("steps", steps)):
+        _check_number(name, value)
+    chosen, rejected = (e.to(_computed_in(e)) for e in (chosen_error, rejected_error))
+    logits = steps * (_odds(scale * chosen) - _odds(scale * rejected))
+    return reduce_batch(chosen - beta * logsigmoid(logits), reduction)
+
+
+def _odds(y: Tensor) -> Tensor:
+    """``y / (exp(y) - 1) - 1``, with every digit of small errors and their differences, and of its derivative."""
+    small = y.abs() < 0.1
+    near, far = y.where(small, 0.0), y.where(~small, 1.0)  # where one is not taken, its derivative is finite
+    series = near * (near * (1 / 12 - near.square() * (1 / 720 - near.square() / 30240)) - 0.5)
+    return series.where(small, -far * (-far).exp() / (-far).expm1() - 1)
+
+
+def kto_loss(
+    error: Tensor,
+    ref_error: Tensor,
+    desirable: Tensor,
+    *,
+    beta: float | Tensor = 1000.0,
+    kl: float | Tensor | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Kahneman-Tversky optimisation: samples that are each liked or not, no pairs (Diffusion-KTO, arXiv 2404.04465).
+
+    ``w (1 - sigmoid(y beta [(ref_error - error) - kl]))`` per sample, y = 1 where it is desirable and -1 elsewhere.
+
+    Args:
+        error, ref_error: the model's and the reference model's errors, (B,).
+        desirable: True for what is liked, False for what is not, a bool tensor, (B,).
+        beta: multiplies the mean errors' difference, once. A number, or one for each sample, (B,).
+        kl: the point of no gain, in units of error, a number or 0-dim tensor; below 0 it counts as 0, and it has no
+            gradient. By default the batch's own mean of ``ref_error - error``. Where a batch is spread over processes,
+            pass that mean over all of them.
+        desirable_weight, undesirable_weight: w of either kind of sample, not negative.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        0-dim, or (B,) for "none".
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
+
+    >>> e = torch.tensor([0.5, 0.25])
+    >>> kto_loss(e, e, torch.tensor([True, False]))  # model equals reference: 1 - sigmoid(0)
+    tensor(0.5000)
+    """
+    check_errors(error=error, ref_error=ref_error)
+    if check_tensor("desirable", desirable).dtype != torch.bool:
+        raise bad("desirable", "a bool tensor", desirable.dtype, TypeError)
+    _check_shaped("desirable", desirable, "error", error)
+    beta = _check_beta(beta, error)
+    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+        _check_weight(name, weight)
+    gain = ref_error.to(_computed_in(ref_error)) - error
+    if kl is None:
+        kl = gain.mean()
+    elif not isinstance(kl, Tensor):
+        kl = gain.new_zeros(()) + _check_number("kl", kl, "a number", lambda x: True)
+    elif kl.ndim:
+        raise bad("kl", "a number or a 0-dim tensor", f"shaped {tuple(kl.shape)}")
+    advantage = beta * (gain - kl.detach().clamp(min=0))
+    liked, disliked = desirable_weight * (-advantage).sigmoid(), undesirable_weight * advantage.sigmoid()
+    return reduce_batch(liked.where(desirable, disliked), reduction)
+
+
+@torch.no_grad()
 def preference_metrics(
-    loss: Tensor, chosen_error: Tensor, rejected_error: Tensor, ref: tuple[Tensor, Tensor] | None, beta: float
+    loss: Tensor,
+    chosen_error: Tensor,
+    rejected_error: Tensor,
+    ref: tuple[Tensor, Tensor] | None,
+    beta: float | Tensor,
 ) -> dict[str, Tensor]:
     """What trainers log, by the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half.
 
@@ -156,24 +299,34 @@ def preference_metrics(
         loss: of the batch, any shape.
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
         ref: the reference's on winners and losers, (B,) each, or None, as for CPO.
-        beta: as in the loss.
+        beta: as in the loss, a number or one for each pair, (B,).
 
     Returns:
-        0-dim tensors without gradient, ``ref_loss`` where there is a reference. Reading none, it waits for no GPU.
+        0-dim tensors without gradient: ``loss``, ``raw_model_loss``, ``ref_loss`` where there is a reference,
+        ``implicit_acc``, ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and ``rewards/accuracies``.
+        Reading none, it waits for no GPU.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
 
     >>> e = torch.tensor([0.5, 0.25])
     >>> preference_metrics(e.mean(), e, e + 0.5, (e, e), beta=2.0)["rewards/margins"]
     tensor(1.)
     """
-    chosen, rejected = chosen_error.detach(), rejected_error.detach()
+    if ref is not None and (isinstance(ref, Tensor) or len(ref) != 2):
+        raise bad("ref", "the reference's errors on winners and on losers, or None", type(ref).__name__, TypeError)
+    refs = {} if ref is None else {"ref_chosen_error": ref[0], "ref_rejected_error": ref[1]}
+    check_errors(chosen_error=chosen_error, rejected_error=rejected_error, **refs)
+    beta, dtype = _check_beta(beta, chosen_error), _computed_in(chosen_error)
+    chosen, rejected = chosen_error.to(dtype), rejected_error.to(dtype)
     ref_chosen, ref_rejected = ref or (0.0, 0.0)
     # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.
     margins = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
     accuracy = (0.5 * (margins.sign() + 1)).mean()
     return {
-        "loss": loss.detach().mean(),
+        "loss": loss.mean(),
         "raw_model_loss": torch.cat([chosen, rejected]).mean(),
-        **({"ref_loss": torch.cat(ref).mean()} if ref else {}),
+        **({"ref_loss": torch.cat(ref).mean(dtype=dtype)} if ref else {}),
         "implicit_acc": accuracy,
         "rewards/chosen": (beta * (ref_chosen - chosen)).mean(),
         "rewards/rejected": (beta * (ref_rejected - rejected)).mean(),
@@ -182,9 +335,83 @@ def preference_metrics(
     }
 
 
+@torch.no_grad()
+def by_timestep(
+    values: Tensor, timesteps: Tensor, edges: Sequence[float] = (0, 250, 500, 750, 1000)
+) -> dict[str, Tensor]:
+    """The mean of what there is one of for each sample or pair (margins, errors), by where in the schedule it was.
+
+    Args:
+        values: (B,).
+        timesteps: theirs, (B,): of pairs, those of the winners alone.
+        edges: of the ranges, in rising order. A range holds its lower edge, and the last one both.
+
+    Returns:
+        By range, as in ``"0-250"``, a 0-dim tensor without gradient: the mean, or NaN where there is none to take, to
+        be averaged by ``nanmean``. Reading none, it waits for no GPU.
+
+    Raises:
+        ValueError, TypeError: values and timesteps of different shapes or devices, or edges that do not rise.
+
+    >>> by_timestep(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10, 300, 499]), edges=(0, 250, 500))
+    {'0-250': tensor(1.), '250-500': tensor(4.)}
+    """
+    if check_floating("values", values).ndim != 1:
+        raise bad("values", "one for each sample or pair, shape (B,)", f"shaped {tuple(values.shape)}")
+    _check_shaped("timesteps", check_tensor("timesteps", timesteps), "values", values)
+    must_be = "two numbers or more, in rising order"
+    rising = [_check_number("edges", edge, must_be, lambda x: True) for edge in edges]
+    if len(rising) < 2 or any(low >= high for low, high in pairwise(rising)):
+        raise bad("edges", must_be, repr(edges))
+    found = {}
+    for low, high in pairwise(rising):
+        below = timesteps <= high if high == rising[-1] else timesteps < high
+        inside = (timesteps >= low) & below
+        found[f"{low:.12g}-{high:.12g}"] = values.where(inside, 0.0).sum(dtype=_computed_in(values)) / inside.sum()
+    return found
+
+
 def _margin(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | float = 0.0, ref_rejected: Tensor | float = 0.0
 ) -> Tensor:
     """How much better than the reference the model is on winners than on losers, in units of error."""
-    dtype = torch.promote_types(chosen.dtype, torch.float32)
+    dtype = _computed_in(chosen)
     return (rejected.to(dtype) - ref_rejected) - (chosen.to(dtype) - ref_chosen)
+
+
+def _computed_in(errors: Tensor) -> torch.dtype:
+    return torch.promote_types(errors.dtype, torch.float32)
+
+
+def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
+    """A positive number, or a tensor with one for each error, whose values are looked at on the host alone."""
+    must_be = "a positive number, or a tensor with one for each pair, (B,)"
+    if not isinstance(beta, Tensor):
+        return _check_number("beta", beta, must_be)
+    check_like("beta", beta, "the errors", errors)
+    if values_are_free(beta) and not (beta.isfinite() & (beta > 0)).all():
+        raise bad("beta", must_be, beta.tolist())
+    return beta.to(_computed_in(errors))
+
+
+def _check_weight(name: str, value: object) -> float:
+    return _check_number(name, value, "a number, not negative", lambda x: x >= 0)
+
+
+def _check_number(
+    name: str, value: object, must_be: str = "a positive number", fits: Callable[[float], bool] = lambda x: x > 0
+) -> float:
+    """A finite real number that fits, of Python or NumPy; True is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise bad(name, must_be, repr(value) if isinstance(value, str | None) else type(value).__name__, TypeError)
+    if not (math.isfinite(value) and fits(float(value))):
+        raise bad(name, must_be, repr(value))
+    return float(value)
+
+
+def _check_shaped(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """As ``check_like``, of whatever dtype."""
+    if value.shape != reference.shape:
+        must_be = f"shaped like {reference_name}, shaped {tuple(reference.shape)}"
+        raise bad(name, must_be, f"shaped {tuple(value.shape)}")
+    check_device(name, value, reference_name, reference)

@@ -22,9 +22,10 @@ def ncp_dpo_loss(
     *,
     ref_pred: Tensor | None = None,
     ref_error: Tensor | None = None,
-    beta: float = 2500.0,
+    beta: float | Tensor = 2500.0,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
     reduction: str = "mean",
     variance_noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -46,9 +47,9 @@ def ncp_dpo_loss(
         ref_pred: the reference model's prediction, (2B, C, H, W); or else
         ref_error: its error, (2B,), computed earlier by ``ncp.errors(..., pairs=True)`` at the same noise, timesteps
             and draws: the same ``variance_noise``, or a ``generator`` in the state it had then, or neither.
-        beta: multiplies the margin of mean errors, once. The errors' scale depends on model, layer and timestep: watch
-            ``metrics["rewards/margins"]``, which should reach order one.
-        loss_type, label_smoothing, reduction: as in :func:`dpo_loss`.
+        beta: multiplies the margin of mean errors, once; a number, or one for each pair, (B,). The errors' scale
+            depends on model, layer and timestep: watch ``metrics["rewards/margins"]``, which should reach order one.
+        loss_type, label_smoothing, sft_weight, reduction: as in :func:`dpo_loss`.
         variance_noise, generator, **model_kwargs: as in :meth:`NoiseConditionedPerceptualLoss.errors`.
 
     Returns:
@@ -79,7 +80,14 @@ def ncp_dpo_loss(
     chosen, rejected = error.chunk(2)
     ref_chosen, ref_rejected = check_like("ref_error", ref, "the batch's errors", error).detach().chunk(2)
     errors = chosen, rejected, ref_chosen, ref_rejected
-    loss = dpo_loss(*errors, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reduction=reduction)
+    loss = dpo_loss(
+        *errors,
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        sft_weight=sft_weight,
+        reduction=reduction,
+    )
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta))
 
 
@@ -91,7 +99,7 @@ def ncp_cpo_loss(
     timesteps: Tensor,
     encoder_hidden_states: Tensor | None = None,
     *,
-    beta: float = 2500.0,
+    beta: float | Tensor = 2500.0,
     sft_weight: float = 1.0,
     reduction: str = "mean",
     variance_noise: Tensor | None = None,

@@ -143,31 +143,108 @@ def _log_sigmoid(m: float) -> float:
 
 
 def dpo(chosen: Iterable[float], rejected: Iterable[float], ref_chosen: Iterable[float],
-        ref_rejected: Iterable[float], beta: float, loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0) -> list[float]:  # fmt: skip
-    """Eq. 18 per pair, with beta in place of beta T; label_smoothing is read by "sigmoid" alone."""
+        ref_rejected: Iterable[float], beta: Iterable[float] | float, loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0, sft_weight: float = 0.0) -> list[float]:  # fmt: skip
+    """Eq. 18 per pair, with beta in place of beta T, plus sft_weight times the winner's error.
+
+    label_smoothing is read by "sigmoid" (cDPO) and "robust" (2403.00409, eq. 12: the probability of a flipped label).
+    """
+    quads = list(zip(chosen, rejected, ref_chosen, ref_rejected, strict=True))
     losses = []
-    for win, lose, ref_win, ref_lose in zip(chosen, rejected, ref_chosen, ref_rejected, strict=True):
-        m = -beta * ((float(win) - float(ref_win)) - (float(lose) - float(ref_lose)))
+    for (win, lose, ref_win, ref_lose), b in zip(quads, each(beta, len(quads)), strict=True):
+        z = -b * ((float(win) - float(ref_win)) - (float(lose) - float(ref_lose)))
         if loss_type == "sigmoid":
-            loss = -(1.0 - label_smoothing) * _log_sigmoid(m) - label_smoothing * _log_sigmoid(-m)
+            loss = -(1.0 - label_smoothing) * _log_sigmoid(z) - label_smoothing * _log_sigmoid(-z)
         elif loss_type == "hinge":
-            loss = max(0.0, 1.0 - m)
+            loss = max(0.0, 1.0 - z)
         elif loss_type == "ipo":
-            gap = m / beta - 1.0 / (2.0 * beta)
+            gap = z / b - 1.0 / (2.0 * b)
             loss = gap * gap
+        elif loss_type == "robust":
+            kept, flipped = (1.0 - label_smoothing) * -_log_sigmoid(z), label_smoothing * -_log_sigmoid(-z)
+            loss = (kept - flipped) / (1.0 - 2.0 * label_smoothing)
+        elif loss_type == "linear":
+            loss = b * linear_weight(z) * (float(win) - float(lose))
+        elif loss_type == "dmpo":
+            log_p, log_not_p = _log_sigmoid(z), _log_sigmoid(-z)
+            loss = math.exp(log_p) * (log_p - math.log(0.99)) + math.exp(log_not_p) * (log_not_p - math.log(0.01))
         else:
             raise ValueError(f"unknown loss type {loss_type!r}")
-        losses.append(loss)
+        losses.append(loss + sft_weight * float(win))
     return losses
 
 
-def cpo(chosen: Iterable[float], rejected: Iterable[float], beta: float, sft_weight: float) -> list[float]:
+def linear_weight(z: float) -> float:
+    """What stands for sigmoid(-z) in the gradient of Linear-DPO (2605.21123): held constant, never differentiated."""
+    return min(max(0.5 - 0.2 * z, 0.001), 0.999)
+
+
+def each(value: Iterable[float] | float, count: int) -> list[float]:
+    """A number for each of ``count``, where one is given for all too."""
+    return [float(value)] * count if isinstance(value, int | float) else [float(x) for x in value]
+
+
+def mapo(chosen: Iterable[float], rejected: Iterable[float], beta: Iterable[float] | float = 0.1, scale: float = 0.5,
+         steps: int = 1000) -> list[float]:  # fmt: skip
+    """MaPO (2406.06424) per pair: e_w - beta log sigmoid(T [f(e_w) - f(e_l)])."""
+    pairs = [(float(win), float(lose)) for win, lose in zip(chosen, rejected, strict=True)]
+    return [
+        win - b * _log_sigmoid(steps * (mapo_ratio(scale * win) - mapo_ratio(scale * lose)))
+        for (win, lose), b in zip(pairs, each(beta, len(pairs)), strict=True)
+    ]
+
+
+def mapo_ratio(y: float) -> float:
+    """y / (exp(y) - 1): 1 at 0, and nothing where exp overflows."""
+    if y == 0.0:
+        return 1.0
+    return y / math.expm1(y) if y < 700.0 else 0.0
+
+
+def mapo_ratio_slope(y: float) -> float:
+    """The derivative of ``mapo_ratio``, from its Bernoulli series near 0, where the closed form cancels."""
+    if abs(y) < 0.5:
+        return -1 / 2 + y / 6 - y**3 / 180 + y**5 / 5040 - y**7 / 151200 + y**9 / 4790016
+    if y > 300.0:
+        return 0.0
+    return 1.0 / math.expm1(y) - y * math.exp(y) / math.expm1(y) ** 2
+
+
+def kto(error: Iterable[float], ref_error: Iterable[float], desirable: Iterable[bool], beta: Iterable[float] | float,
+        kl: float | None = None, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+        ) -> list[float]:  # fmt: skip
+    """Diffusion-KTO (2404.04465) per sample: w_y (1 - sigmoid(y beta [(r - e) - z])), z not below 0."""
+    gains = [float(ref) - float(e) for e, ref in zip(error, ref_error, strict=True)]
+    z = max(math.fsum(gains) / len(gains) if kl is None else kl, 0.0)
+    losses = []
+    for gain, liked, b in zip(gains, desirable, each(beta, len(gains)), strict=True):
+        y, weight = (1.0, desirable_weight) if liked else (-1.0, undesirable_weight)
+        losses.append(weight * (1.0 - math.exp(_log_sigmoid(y * b * (gain - z)))))
+    return losses
+
+
+def cpo(chosen: Iterable[float], rejected: Iterable[float], beta: Iterable[float] | float,
+        sft_weight: float) -> list[float]:  # fmt: skip
     """Eq. 19 per pair, with beta in place of beta T and sft_weight for lambda."""
     pairs = [(float(win), float(lose)) for win, lose in zip(chosen, rejected, strict=True)]
-    return [-_log_sigmoid(-beta * (win - lose)) + sft_weight * win for win, lose in pairs]
+    betas = each(beta, len(pairs))
+    return [-_log_sigmoid(-b * (win - lose)) + sft_weight * win for (win, lose), b in zip(pairs, betas, strict=True)]
 
 
 def sft(chosen: Iterable[float]) -> list[float]:
     """NCP-SFT per pair: the chosen sample's error."""
     return [float(win) for win in chosen]
+
+
+def absolute_winners(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Indices of the kept rows, by the definition: for each image of a prompt, all of the prompt's rows are read."""
+    kept = set()
+    for prompt in {row["caption"] for row in rows}:
+        mine = [(i, row) for i, row in enumerate(rows) if row["caption"] == prompt]
+        for image in {row[f"image_{side}_uid"] for _, row in mine for side in (0, 1)}:
+            labels = [
+                (i, row[f"label_{side}"]) for i, row in mine for side in (0, 1) if row[f"image_{side}_uid"] == image
+            ]
+            if labels and all(label == 1 for _, label in labels):
+                kept.add(max(i for i, _ in labels))
+    return sorted(kept)

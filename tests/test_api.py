@@ -50,11 +50,11 @@ def test_a_public_name_documents_what_it_computes_what_it_raises_and_an_example_
         assert argument in text, argument
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "frozen_view"])
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.endswith("_loss")])
 def test_a_loss_documents_its_formula_its_shapes_and_what_it_returns(name: str) -> None:
     text = inspect.getdoc(getattr(ncp_loss, name))
     assert "Returns:" in text
-    assert any(formula in text for formula in ("log sigmoid(", "the error itself", "PLw"))
+    assert any(formula in text for formula in ("sigmoid(", "the error itself", "PLw"))
     assert "(B,)" in text or "as in" in text
 
 

@@ -16,10 +16,24 @@ from torch import Tensor, nn
 from users import small
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
-from ncp_loss import NoiseSchedule, cpo_loss, dpo_loss, frozen_view, ncp_cpo_loss, ncp_dpo_loss, ncp_sft_loss, sft_loss
+from ncp_loss import (
+    NoiseSchedule,
+    by_timestep,
+    cpo_loss,
+    dpo_loss,
+    frozen_view,
+    kto_loss,
+    mapo_loss,
+    ncp_cpo_loss,
+    ncp_dpo_loss,
+    ncp_sft_loss,
+    preference_metrics,
+    sft_loss,
+)
 
 SIZE = {"height": 8, "width": 8}
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
+ONES, EIGHT = torch.ones(4), torch.ones(8)
 Call = Callable[..., Any]
 
 
@@ -75,17 +89,27 @@ def added(id: str, message: str, error: type[Exception] = ValueError, **changes:
 
 
 def objective(use: Call, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
-    names = {dpo_loss: 4, cpo_loss: 2, sft_loss: 1}[use]
-    good = dict.fromkeys(
-        ["chosen_error", "rejected_error", "ref_chosen_error", "ref_rejected_error"][:names], torch.ones(4)
-    )
-    return Bad(f"{use.__name__} {changes}"[:70], lambda: use(**changed(good, changes)), message, error)
+    return Bad(f"{use.__name__} {changes}"[:70], lambda: use(**changed(GOOD[use], changes)), message, error)
 
 
 def on_meta(x: Tensor) -> Tensor:
     return x.to("meta")
 
 
+PAIR = ("chosen_error", "rejected_error")
+GOOD: dict[Call, dict[str, Any]] = {
+    dpo_loss: dict.fromkeys((*PAIR, "ref_chosen_error", "ref_rejected_error"), torch.ones(4)),
+    cpo_loss: dict.fromkeys(PAIR, torch.ones(4)),
+    sft_loss: dict.fromkeys(PAIR[:1], torch.ones(4)),
+    mapo_loss: dict.fromkeys(PAIR, torch.ones(4)),
+    kto_loss: {"error": torch.ones(4), "ref_error": torch.ones(4), "desirable": torch.ones(4).bool()},
+    preference_metrics: {
+        **dict.fromkeys(("loss", *PAIR), torch.ones(4)),
+        "ref": (torch.ones(4), torch.ones(4)),
+        "beta": 1.0,
+    },
+    by_timestep: {"values": torch.ones(4), "timesteps": torch.tensor([1, 2, 3, 4])},
+}
 WRONG_SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
     "rank": lambda x: x[0],
     "channels": lambda x: x[:, :3],
@@ -157,7 +181,10 @@ ROWS += [
 ]
 
 SAME = "must be the same for both members of a pair (winners first, then losers)"
-BETA, SMOOTHING = "beta must be a positive number", "label_smoothing must be"
+BETA, SMOOTHING = "beta must be a positive number, or a tensor with one for each pair, (B,)", "label_smoothing must be"
+LOSSES = (dpo_loss, cpo_loss, sft_loss, mapo_loss, kto_loss)
+WITH_BETA = (dpo_loss, cpo_loss, mapo_loss, kto_loss, preference_metrics)
+LOSS_TYPES = "'dmpo', 'hinge', 'ipo', 'linear', 'robust', 'sigmoid'"
 ROWS += [
     pairs("odd", "noisy_latents must be an even batch", noisy_latents=lambda x: x[:3]),
     pairs("odd, cpo", "noisy_latents must be an even batch", use=ncp_cpo_loss, noisy_latents=lambda x: x[:3]),
@@ -184,17 +211,74 @@ ROWS += [
         ]
     ],
     pairs("beta", BETA, beta=0.0),
-    pairs("loss_type", "loss_type must be one of 'hinge', 'ipo', 'sigmoid'; it was 'kto'", loss_type="kto"),
+    pairs("loss_type", f"loss_type must be one of {LOSS_TYPES}; it was 'kto'", loss_type="kto"),
     pairs("smoothing", f"{SMOOTHING} in [0, 0.5)", label_smoothing=0.5),
     pairs("reduction", "reduction must be one of 'mean', 'none', 'sum'; it was 'avg'", reduction="avg"),
     # the objectives alone
-    *[objective(use, f"{BETA}; it was {beta!r}", beta=beta) for use in (dpo_loss, cpo_loss) for beta in (0, -1.0, NAN)],
+    *[
+        objective(use, f"{BETA}; it was {beta!r}", error, beta=beta)
+        for use in WITH_BETA
+        for error, values in {ValueError: (0, -1.0, NAN, INF), TypeError: ("2500", None)}.items()
+        for beta in values
+    ],
+    *[objective(use, f"{BETA}; it was list", TypeError, beta=[1.0]) for use in WITH_BETA],
+    *[objective(use, f"{BETA}; it was ", TypeError, beta=True) for use in WITH_BETA],
+    *[
+        objective(use, message, error, beta=beta)
+        for use in WITH_BETA
+        for beta, message, error in [
+            (torch.tensor(1.0), "beta must be shaped like the errors, shaped (4,); it was shaped ()", ValueError),
+            (torch.ones(4, 1), "beta must be shaped like the errors, shaped (4,)", ValueError),
+            (torch.ones(4, device="meta"), "beta must be on the device of the errors, cpu", ValueError),
+            (torch.ones(4).long(), "beta must be a floating-point tensor", TypeError),
+            (torch.tensor([1.0, 0.0, 1.0, 1.0]), f"{BETA}; it was [1.0, 0.0, 1.0, 1.0]", ValueError),
+            (torch.tensor([1.0, 1.0, NAN, 1.0]), f"{BETA}; it was [1.0, 1.0, nan, 1.0]", ValueError),
+        ]
+    ],
     *[objective(dpo_loss, f"{SMOOTHING} in [0, 0.5)", label_smoothing=value) for value in (0.5, -0.1, 1, NAN)],
-    objective(dpo_loss, f"{SMOOTHING} 0 for loss_type='hinge'", label_smoothing=0.1, loss_type="hinge"),
-    objective(dpo_loss, f"{SMOOTHING} 0 for loss_type='ipo'", label_smoothing=0.1, loss_type="ipo"),
-    objective(dpo_loss, "loss_type must be one of 'hinge', 'ipo', 'sigmoid'; it was 'x'", loss_type="x"),
-    *[objective(cpo_loss, "sft_weight must be not negative", sft_weight=value) for value in (-1.0, NAN)],
-    *[objective(use, "reduction must be one of", reduction="avg") for use in (dpo_loss, cpo_loss, sft_loss)],
+    *[objective(dpo_loss, f"{SMOOTHING} in [0, 0.5)", TypeError, label_smoothing=value) for value in ("0.1", None)],
+    *[
+        objective(dpo_loss, f"{SMOOTHING} 0 for loss_type={name!r}", label_smoothing=0.1, loss_type=name)
+        for name in ("hinge", "ipo", "linear", "dmpo")
+    ],
+    objective(dpo_loss, f"loss_type must be one of {LOSS_TYPES}; it was 'x'", loss_type="x"),
+    *[
+        objective(use, "sft_weight must be a number, not negative", error, sft_weight=value)
+        for use in (dpo_loss, cpo_loss)
+        for value, error in [(-1.0, ValueError), (NAN, ValueError), (INF, ValueError), (None, TypeError)]
+    ],
+    *[
+        objective(mapo_loss, f"{name} must be a positive number; it was ", error, **{name: value})
+        for name in ("scale", "steps")
+        for value, error in [(0, ValueError), (-1, ValueError), (NAN, ValueError), ("1", TypeError), (True, TypeError)]
+    ],
+    *[
+        objective(kto_loss, f"{name} must be a number, not negative; it was -1", **{name: -1})
+        for name in ("desirable_weight", "undesirable_weight")
+    ],
+    objective(kto_loss, "kl must be a number; it was nan", kl=NAN),
+    objective(kto_loss, "kl must be a number; it was '0'", TypeError, kl="0"),
+    objective(kto_loss, "kl must be a number or a 0-dim tensor; it was shaped (4,)", kl=torch.ones(4)),
+    objective(kto_loss, "desirable must be a tensor; it was list", TypeError, desirable=[True] * 4),
+    objective(kto_loss, "desirable must be a bool tensor; it was torch.float32", TypeError, desirable=torch.ones(4)),
+    objective(kto_loss, "desirable must be a bool tensor; it was torch.int64", TypeError, desirable=Tensor.long),
+    objective(kto_loss, "desirable must be shaped like error, shaped (4,)", desirable=lambda x: x[:2]),
+    objective(kto_loss, "desirable must be on the device of error", desirable=on_meta),
+    objective(kto_loss, "ref_error must be shaped like error", ref_error=torch.ones(4, 1)),
+    objective(mapo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(3)),
+    objective(preference_metrics, "ref must be the reference's errors on winners and on losers", TypeError, ref=EIGHT),
+    objective(preference_metrics, "ref_rejected_error must be shaped like chosen_error", ref=(ONES, torch.ones(3))),
+    objective(by_timestep, "values must be one for each sample or pair, shape (B,)", values=torch.ones(4, 1)),
+    objective(by_timestep, "values must be a floating-point tensor", TypeError, values=Tensor.long),
+    objective(by_timestep, "timesteps must be shaped like values, shaped (4,); it was shaped (8,)", timesteps=EIGHT),
+    objective(by_timestep, "timesteps must be a tensor; it was int", TypeError, timesteps=5),
+    objective(by_timestep, "timesteps must be on the device of values", timesteps=on_meta),
+    *[
+        objective(by_timestep, "edges must be two numbers or more, in rising order", edges=edges)
+        for edges in ((), (0,), (0, 0), (500, 0))
+    ],
+    objective(by_timestep, "edges must be two numbers or more, in rising order; it was 'a'", TypeError, edges=("a", 1)),
+    *[objective(use, "reduction must be one of", reduction="avg") for use in LOSSES],
     objective(dpo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(4, 1)),
     objective(dpo_loss, "ref_rejected_error must be shaped like chosen_error", ref_rejected_error=torch.ones(1)),
     objective(dpo_loss, "ref_chosen_error must be on the device of chosen_error", ref_chosen_error=on_meta),
@@ -339,6 +423,7 @@ def test_without_the_change_every_row_is_a_good_call() -> None:
     for loss in (ncp(), xl()):
         assert all(error.isfinite().all() for error in loss.errors(**batch(loss._encoder.view, **SIZE)))
     assert features()
+    assert all(use(**arguments) is not None for use, arguments in GOOD.items())
 
 
 def test_pairs_may_differ_in_a_target_that_is_not_the_noise() -> None:

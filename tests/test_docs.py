@@ -113,6 +113,17 @@ def test_the_performance_page_shows_the_committed_figures():
         assert row in page, row
 
 
+def test_the_page_on_data_shows_the_committed_figures_of_the_filter_which_meet_their_bounds():
+    whole = [row for row in result("winners")["sizes"] if row["pairs"] == 851_293]
+    assert {row["rows"] for row in whole} == {"dictionaries", "csv"}
+    for row in whole:
+        assert row["seconds"] < 10
+        assert row["peak, MB"] < 2000
+    shown = next(row for row in whole if row["rows"] == "dictionaries")
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    assert f"takes {shown['seconds']:.1f} s of a CPU core, and {shown['peak, MB']:.0f} MB" in page
+
+
 def test_the_precision_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "precision.md").read_text()
     for row in margin_rows() + precision_rows() + lora_rows() + alignment_rows():

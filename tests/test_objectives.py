@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import oracle
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from models import batch, sd15
 
-from ncp_loss import cpo_loss, dpo_loss, sft_loss
-from ncp_loss.objectives import preference_metrics
+from ncp_loss import (
+    NoiseConditionedPerceptualLoss,
+    by_timestep,
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    mapo_loss,
+    preference_metrics,
+    sft_loss,
+)
+from ncp_loss.objectives import LOSS_TYPES
 
-LOSS_TYPES = ["sigmoid", "hinge", "ipo"]
+SMOOTHED = ("sigmoid", "robust")
 numbers = st.floats(0, 10, allow_subnormal=False)
 quads = st.lists(st.tuples(numbers, numbers, numbers, numbers), min_size=1, max_size=5)
 betas = st.floats(1e-2, 1e6)
+beta_lists = st.lists(betas, min_size=5, max_size=5)
 
 
 def columns(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(rows, dtype=dtype).T.unbind())
 
 
-@given(rows=quads, beta=betas, loss_type=st.sampled_from(LOSS_TYPES), smoothing=st.floats(0, 0.49))
-def test_dpo_equals_the_oracle(rows, beta, loss_type, smoothing):
-    smoothing = smoothing if loss_type == "sigmoid" else 0.0
+@given(
+    rows=quads, beta=betas, loss_type=st.sampled_from(LOSS_TYPES), smoothing=st.floats(0, 0.49), anchor=st.floats(0, 10)
+)
+def test_dpo_equals_the_oracle(rows, beta, loss_type, smoothing, anchor):
+    smoothing = smoothing if loss_type in SMOOTHED else 0.0
     errors = columns(rows)
-    loss = dpo_loss(*errors, beta=beta, loss_type=loss_type, label_smoothing=smoothing, reduction="none")
-    truth = torch.tensor(oracle.dpo(*errors, beta, loss_type, smoothing), dtype=torch.float64)
-    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-12)
+    options = {"loss_type": loss_type, "label_smoothing": smoothing, "sft_weight": anchor}
+    loss = dpo_loss(*errors, beta=beta, **options, reduction="none")
+    truth = torch.tensor(oracle.dpo(*errors, beta, **options), dtype=torch.float64)
+    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
 
 
 @given(rows=quads, beta=betas, weight=st.floats(0, 10))
@@ -38,6 +56,50 @@ def test_cpo_equals_the_oracle(rows, beta, weight):
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=weight, reduction="none")
     truth = torch.tensor(oracle.cpo(chosen, rejected, beta, weight), dtype=torch.float64)
     torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-12)
+
+
+@given(rows=quads, beta=betas, scale=st.floats(1e-3, 10), steps=st.integers(1, 4000))
+def test_mapo_equals_the_oracle(rows, beta, scale, steps):
+    chosen, rejected, *_ = columns(rows)
+    loss = mapo_loss(chosen, rejected, beta=beta, scale=scale, steps=steps, reduction="none")
+    truth = torch.tensor(oracle.mapo(chosen, rejected, beta, scale, steps), dtype=torch.float64)
+    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
+
+
+@given(
+    rows=quads,
+    beta=betas,
+    seed=st.integers(0, 31),
+    kl=st.none() | st.floats(-5, 5),
+    weights=st.tuples(numbers, numbers),
+)
+def test_kto_equals_the_oracle(rows, beta, seed, kl, weights):
+    error, ref_error, *_ = columns(rows)
+    liked = [bool(seed >> i & 1) for i in range(len(rows))]
+    given_kl = torch.tensor(kl) if kl and seed % 2 else kl
+    options = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    loss = kto_loss(error, ref_error, torch.tensor(liked), beta=beta, kl=given_kl, **options, reduction="none")
+    kl = given_kl if given_kl is None else float(given_kl)
+    truth = torch.tensor(oracle.kto(error, ref_error, liked, beta, kl, *weights), dtype=torch.float64)
+    torch.testing.assert_close(loss, truth, rtol=1e-7, atol=1e-9)
+
+
+@given(rows=quads, each=beta_lists, loss_type=st.sampled_from(LOSS_TYPES))
+def test_a_beta_for_each_pair_is_that_of_each_pair(rows, each, loss_type):
+    each = each[: len(rows)]
+    a, b, c, d = columns(rows)
+    beta, liked = torch.tensor(each, dtype=torch.float64), a > b
+    for loss in (
+        lambda beta: dpo_loss(a, b, c, d, beta=beta, loss_type=loss_type, reduction="none"),
+        lambda beta: cpo_loss(a, b, beta=beta, reduction="none"),
+        lambda beta: mapo_loss(a, b, beta=beta, reduction="none"),
+        lambda beta: kto_loss(a, b, liked, beta=beta, reduction="none"),
+    ):
+        alone = torch.stack([loss(number)[i] for i, number in enumerate(each)])
+        torch.testing.assert_close(loss(beta), alone, rtol=1e-12, atol=0)
+    rewards = preference_metrics(a, a, b, (c, d), beta)
+    for name, gain in (("chosen", c - a), ("rejected", d - b), ("margins", (b - d) - (a - c))):
+        torch.testing.assert_close(rewards[f"rewards/{name}"], (beta * gain).mean(), rtol=1e-12, atol=1e-12)
 
 
 @given(rows=quads, beta=betas)
@@ -55,12 +117,19 @@ def test_swapping_winners_and_losers_negates_the_margin(rows, beta):
     assert one == -two
 
 
-@given(rows=quads, beta=st.floats(1e-2, 1e2), loss_type=st.sampled_from(LOSS_TYPES), step=st.floats(1e-3, 1))
+@given(
+    rows=quads,
+    beta=st.floats(1e-2, 1e2),
+    loss_type=st.sampled_from([name for name in LOSS_TYPES if name != "linear"]),
+    step=st.floats(1e-3, 1),
+)
 def test_dpo_is_monotone_in_each_error(rows, beta, loss_type, step):
     errors = columns(rows)
     margin = (errors[1] - errors[3]) - (errors[0] - errors[2])
     if loss_type == "ipo":  # a parabola: monotone on either side of its target margin, 1 / (2 beta)
         assume(bool((margin + 2 * step < 1 / (2 * beta)).all()))
+    if loss_type == "dmpo":  # least where sigmoid(beta margin) is its target, 0.99
+        assume(bool((beta * (margin + 2 * step) < math.log(99)).all()))
     base = dpo_loss(*errors, beta=beta, loss_type=loss_type, reduction="none")
     for i, worse in enumerate((True, False, False, True)):
         moved = [e + step if i == j else e for j, e in enumerate(errors)]
@@ -84,6 +153,8 @@ def test_reductions_agree(rows):
         "dpo": lambda r: dpo_loss(*errors, beta=3.0, reduction=r),
         "cpo": lambda r: cpo_loss(*errors[:2], beta=3.0, reduction=r),
         "sft": lambda r: sft_loss(errors[0], reduction=r),
+        "mapo": lambda r: mapo_loss(*errors[:2], reduction=r),
+        "kto": lambda r: kto_loss(*errors[:2], errors[2] > 5, beta=3.0, reduction=r),
     }
     for loss in losses.values():
         each = loss("none")
@@ -92,26 +163,193 @@ def test_reductions_agree(rows):
         torch.testing.assert_close(loss("mean"), each.mean())
 
 
-@given(rows=quads, beta=st.sampled_from([1e-6, 2500.0, 1e9, 1e20]), loss_type=st.sampled_from(["sigmoid", "hinge"]))
-def test_losses_and_gradients_are_finite_at_extreme_beta_in_fp16(rows, beta, loss_type):
-    errors = [e.half().requires_grad_() for e in columns(rows)]
-    for loss in (dpo_loss(*errors, beta=beta, loss_type=loss_type), cpo_loss(*errors[:2], beta=beta)):
-        assert loss.dtype == torch.float32
-        assert torch.isfinite(loss)
-    loss = dpo_loss(*(e.detach().float().requires_grad_() for e in errors), beta=beta, loss_type=loss_type)
-    assert torch.isfinite(loss)
+def gradients(loss, errors):
+    """Of the loss's sum in each error, 0 where it does not depend on one."""
+    leaves = [e.detach().requires_grad_() for e in errors]
+    found = torch.autograd.grad(loss(*leaves).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(e) if g is None else g for e, g in zip(leaves, found, strict=True)]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@given(
+    rows=st.lists(st.tuples(*[st.floats(0, 65504, width=16)] * 4), min_size=1, max_size=4),
+    beta=st.sampled_from([1e-6, 2500.0, 1e9, 1e20]),
+    loss_type=st.sampled_from(LOSS_TYPES),
+)
+def test_losses_and_gradients_are_finite_at_extreme_beta_and_extreme_errors_in_fp16(rows, beta, loss_type):
+    errors = columns(rows, torch.float16)
+    losses = {
+        4: lambda *e: dpo_loss(*e, beta=beta, loss_type=loss_type, sft_weight=1.0, reduction="none"),
+        2: lambda *e: cpo_loss(*e, beta=beta, reduction="none"),
+        -2: lambda *e: kto_loss(*e, errors[2] > errors[3], beta=beta, reduction="none"),
+        -3: lambda *e: mapo_loss(*e, beta=beta, reduction="none"),
+    }
+    for count, loss in losses.items():
+        mine = errors[: 4 if count == 4 else 2]
+        value = loss(*mine)
+        assert value.dtype == torch.float32
+        assert value.isfinite().all()
+        # In float32, for hinge's and ipo's own slopes, beta and the margin, are beyond float16.
+        assert all(g.isfinite().all() for g in gradients(loss, [e.float() for e in mine]))
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "linear"])
 def test_objectives_pass_gradcheck(loss_type):
     errors = [e.requires_grad_() for e in columns([(0.3, 0.7, 0.35, 0.6), (0.9, 0.1, 0.5, 0.4)])]
-    for smoothing in (0.0, 0.2) if loss_type == "sigmoid" else (0.0,):
-        assert torch.autograd.gradcheck(
-            lambda *e, s=smoothing: dpo_loss(*e, beta=2.0, loss_type=loss_type, label_smoothing=s, reduction="none"),
-            errors,
-        )
+    for smoothing in (0.0, 0.2) if loss_type in SMOOTHED else (0.0,):
+        options = {"beta": 2.0, "loss_type": loss_type, "label_smoothing": smoothing, "sft_weight": 0.3}
+        assert torch.autograd.gradcheck(lambda *e, o=options: dpo_loss(*e, **o, reduction="none"), errors)
     assert torch.autograd.gradcheck(lambda *e: cpo_loss(*e, beta=2.0, sft_weight=0.3, reduction="none"), errors[:2])
     assert torch.autograd.gradcheck(lambda e: sft_loss(e, reduction="none"), errors[:1])
+    assert torch.autograd.gradcheck(lambda *e: mapo_loss(*e, scale=3.0, steps=2, reduction="none"), errors[:2])
+    liked = torch.tensor([True, False])
+    assert torch.autograd.gradcheck(lambda *e: kto_loss(*e, liked, beta=2.0, kl=0.1, reduction="none"), errors[:2])
+
+
+@given(rows=quads, beta=betas)
+def test_linear_has_dpos_gradient_with_its_weight_in_place_of_the_sigmoid_and_none_for_the_reference(rows, beta):
+    errors = columns(rows)
+    found = gradients(lambda *e: dpo_loss(*e, beta=beta, loss_type="linear", reduction="none"), errors)
+    margin = (errors[1] - errors[3]) - (errors[0] - errors[2])
+    truth = torch.tensor([beta * oracle.linear_weight(beta * float(m)) for m in margin], dtype=torch.float64)
+    for gradient, sign in zip(found, (1, -1, 0, 0), strict=True):
+        torch.testing.assert_close(gradient, sign * truth, rtol=1e-9, atol=0)
+
+
+@given(rows=quads, beta=betas)
+def test_linear_has_dpos_slope_where_the_model_equals_the_reference(rows, beta):
+    a, b, *_ = columns(rows)
+    linear, dpo = (
+        gradients(lambda *e, t=t: dpo_loss(*e, a, b, beta=beta, loss_type=t, reduction="none"), (a, b))
+        for t in ("linear", "sigmoid")
+    )
+    torch.testing.assert_close(linear, dpo, rtol=1e-12, atol=0)
+
+
+@given(rows=quads, beta=betas, loss_type=st.sampled_from(LOSS_TYPES))
+def test_a_better_winner_and_a_worse_loser_lower_the_loss(rows, beta, loss_type):
+    errors = columns(rows)
+    z = beta * ((errors[1] - errors[3]) - (errors[0] - errors[2]))
+    if loss_type in ("ipo", "dmpo"):  # which have a target, and pull back what is past it
+        assume(bool((z < (0.5 if loss_type == "ipo" else math.log(99))).all()))
+    winner, loser, *_ = gradients(lambda *e: dpo_loss(*e, beta=beta, loss_type=loss_type, reduction="none"), errors)
+    assert (winner >= 0).all()
+    assert (loser <= 0).all()
+    winner, loser = gradients(lambda *e: mapo_loss(*e, beta=beta, reduction="none"), errors[:2])
+    assert (winner >= 1).all()
+    assert (loser <= 0).all()
+    liked = errors[2] > errors[3]
+    (error,) = gradients(lambda e: kto_loss(e, errors[1], liked, beta=beta, kl=0.0, reduction="none"), errors[:1])
+    assert (error.where(liked, -error) >= 0).all()
+
+
+@given(rows=quads, beta=betas, loss_type=st.sampled_from(LOSS_TYPES), weight=st.floats(0, 100))
+def test_the_anchor_adds_its_weight_to_the_winners_gradient_and_nothing_else(rows, beta, loss_type, weight):
+    errors = columns(rows)
+    plain, anchored = (
+        gradients(lambda *e, w=w: dpo_loss(*e, beta=beta, loss_type=loss_type, sft_weight=w, reduction="none"), errors)
+        for w in (0.0, weight)
+    )
+    torch.testing.assert_close(anchored[0], plain[0] + weight, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(one, other) for one, other in zip(plain[1:], anchored[1:], strict=True))
+
+
+@given(rows=quads, beta=betas, loss_type=st.sampled_from(SMOOTHED))
+def test_labels_that_are_never_flipped_make_robust_and_smoothed_the_plain_loss(rows, beta, loss_type):
+    errors = columns(rows)
+    losses = [dpo_loss(*errors, beta=beta, loss_type=name, reduction="none") for name in ("sigmoid", loss_type)]
+    assert torch.equal(*losses)
+
+
+@given(rows=quads, beta=st.floats(1e-2, 1e2), flips=st.floats(0, 0.45))
+def test_robust_is_the_plain_loss_on_average_over_flipped_labels(rows, beta, flips):
+    a, b, c, d = columns(rows)
+    options = {"beta": beta, "loss_type": "robust", "label_smoothing": flips, "reduction": "none"}
+    kept, flipped = dpo_loss(a, b, c, d, **options), dpo_loss(b, a, d, c, **options)
+    plain = dpo_loss(a, b, c, d, beta=beta, reduction="none")
+    torch.testing.assert_close((1 - flips) * kept + flips * flipped, plain, rtol=1e-9, atol=1e-9)
+
+
+@given(rows=quads, beta=betas)
+def test_mapo_of_equal_errors_is_the_error_and_beta_log_2(rows, beta):
+    error, *_ = columns(rows)
+    loss = mapo_loss(error, error, beta=beta, reduction="none")
+    torch.testing.assert_close(loss, error + beta * math.log(2), rtol=1e-14, atol=0)
+
+
+@given(rows=quads, beta=betas, weights=st.tuples(numbers, numbers))
+def test_kto_of_a_model_that_is_its_reference_is_half_of_each_weight(rows, beta, weights):
+    error, first, second, _ = columns(rows)
+    liked = first > second
+    options = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    loss = kto_loss(error, error, liked, beta=beta, **options, reduction="none")
+    truth = torch.tensor([weights[0] if x else weights[1] for x in liked.tolist()], dtype=torch.float64) / 2
+    torch.testing.assert_close(loss, truth, rtol=1e-14, atol=0)
+
+
+def test_kto_takes_no_gradient_through_its_estimate_and_a_given_mean_is_the_default():
+    error, ref_error = (e.requires_grad_() for e in columns([(0.1, 0.5), (0.2, 0.4), (0.4, 0.5)]))
+    liked, mean = torch.tensor([True, False, True]), (ref_error - error).mean()
+    both = [kto_loss(error, ref_error, liked, beta=3.0, kl=kl) for kl in (None, mean, mean.item())]
+    slopes = [torch.autograd.grad(loss, error)[0] for loss in both]
+    for loss, slope in zip(both, slopes, strict=True):
+        assert torch.equal(loss, both[0])
+        assert torch.equal(slope, slopes[0])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e-5, 1e-3, 0.19, 0.21, 1.0, 30.0, 200.0, 6e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mapos_gradient_keeps_its_digits_from_nothing_to_the_largest_error(size, dtype):
+    leaves = [torch.tensor([e], dtype=dtype, requires_grad=True) for e in (size, size)]
+    winner, loser = torch.autograd.grad(mapo_loss(*leaves, beta=0.1).sum(), leaves)
+    slope = 0.1 * 0.5 * 1000 * 0.5 * oracle.mapo_ratio_slope(0.5 * size)  # beta sigmoid(0) T s f'
+    tolerance = {"rtol": 1e-4 if dtype == torch.float32 else 1e-10, "atol": 1e-30}
+    torch.testing.assert_close(loser.double(), torch.tensor([slope], dtype=torch.float64), **tolerance)
+    torch.testing.assert_close(winner.double(), torch.tensor([1 - slope], dtype=torch.float64), **tolerance)
+
+
+def test_mapo_tells_errors_apart_that_are_as_small_as_perceptual_ones():
+    chosen, rejected = torch.tensor([1.00e-6]), torch.tensor([1.01e-6])
+    loss = mapo_loss(chosen.double(), rejected.double(), steps=10**8, reduction="none")
+    torch.testing.assert_close(mapo_loss(chosen, rejected, steps=10**8).double(), loss.squeeze(), rtol=1e-5, atol=0)
+
+
+timesteps_of = st.lists(st.integers(-100, 1100), min_size=1, max_size=20)
+
+
+@given(timesteps=timesteps_of, seed=st.integers(0, 99), edges=st.sets(st.integers(0, 1000), min_size=2, max_size=6))
+@example(timesteps=[0, 250, 500, 1000, 1001], seed=0, edges={0, 500, 1000})  # the edges themselves
+def test_by_timestep_takes_the_mean_of_each_range_and_nan_where_there_is_none(timesteps, seed, edges):
+    edges = sorted(edges)
+    values = torch.randn(len(timesteps), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = by_timestep(values.requires_grad_(), torch.tensor(timesteps), edges)
+    ranges = list(pairwise(edges))
+    assert list(found) == [f"{low}-{high}" for low, high in ranges]
+    for (low, high), mean in zip(ranges, found.values(), strict=True):
+        mine = [v.item() for v, t in zip(values, timesteps, strict=True) if low <= t < high or t == high == edges[-1]]
+        assert mean.shape == ()
+        assert not mean.requires_grad
+        assert mean.item() == pytest.approx(math.fsum(mine) / len(mine) if mine else math.nan, nan_ok=True)
+
+
+def test_by_timestep_keeps_what_is_not_finite_in_its_own_range_and_sums_halves_in_float32():
+    values = torch.tensor([math.nan, 1.0, math.inf, 3.0])
+    found = by_timestep(values, torch.tensor([10.0, 300.0, 600.0, 300.0]))
+    assert [found[name].item() for name in ("250-500", "500-750")] == [2.0, math.inf]
+    assert found["0-250"].isnan()
+    halves = by_timestep(torch.full((4,), 60000.0).half(), torch.zeros(4))["0-250"]
+    assert halves.dtype == torch.float32
+    assert halves.item() == pytest.approx(60000, rel=1e-3)
+
+
+def test_nothing_reads_a_value_of_an_error_beta_or_timestep():
+    """On "meta" there is no value to read."""
+    e = torch.ones(4, device="meta")
+    for loss_type in LOSS_TYPES:
+        assert dpo_loss(e, e, e, e, beta=e, loss_type=loss_type, sft_weight=1.0).shape == ()
+    assert cpo_loss(e, e, beta=e).shape == mapo_loss(e, e, beta=e).shape == ()
+    assert kto_loss(e, e, e.bool(), beta=e).shape == kto_loss(e, e, e.bool(), kl=0.1).shape == ()
+    assert preference_metrics(e, e, e, (e, e), e)["loss"].shape == ()
+    assert by_timestep(e, e)["0-250"].shape == ()
 
 
 def test_metrics_have_everyone_elses_names_signs_and_ties():
@@ -132,3 +370,59 @@ def test_metrics_have_everyone_elses_names_signs_and_ties():
         assert metrics[name].shape == ()
         assert metrics[name].item() == pytest.approx(value, abs=1e-6)
     assert "ref_loss" not in preference_metrics(torch.zeros(()), e[0], e[1], None, beta=1.0)
+
+
+def test_metrics_of_a_learned_beta_carry_no_gradient_and_halves_do_not_overflow():
+    e, beta = torch.tensor([60.0, 30.0]).half(), torch.tensor([2500.0, 2500.0], requires_grad=True)
+    metrics = preference_metrics(e.mean(), e, e / 2, (e, e), beta)
+    assert all(not value.requires_grad and value.isfinite() for value in metrics.values())
+    assert metrics["rewards/rejected"].item() == 2500 * 22.5
+
+
+def safeguard_of_the_page() -> str:
+    page = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "autograd.grad" in block]
+    return block
+
+
+@pytest.mark.parametrize("shared", [-1.0, 0.0, 0.2, 1.0])
+def test_the_pages_safeguard_scales_the_losers_gradient_by_its_formula_and_keeps_every_value(shared):
+    """The model adds a trained array to winner and loser; ``shared`` is how far they then go the same way."""
+    unet = sd15(dtype=torch.float32)
+    arguments = batch(unet, 2, pairs=True, height=8, width=8)
+    ncp, target, ref_pred = NoiseConditionedPerceptualLoss(unet), arguments["target"], arguments["ref_pred"]
+    names = ("target", "noisy_latents", "timesteps", "encoder_hidden_states")
+    inputs = [arguments[name] for name in names]
+    noise = (arguments["model_pred"].detach() - target).chunk(2)
+    start = target + torch.cat([noise[0], shared * noise[0] + (1 - abs(shared)) * noise[1]])
+    trained = torch.zeros_like(start[:2], requires_grad=True)
+    scope = {"torch": torch, "dpo_loss": dpo_loss, "ncp": NoDraws(ncp), "inputs": inputs, "ref_pred": ref_pred}
+    scope["model_pred"] = start + trained.repeat(2, 1, 1, 1)
+    exec(safeguard_of_the_page(), scope)
+    scope["loss"].backward()
+
+    leaf = start.clone().requires_grad_()
+    error, ref_error = NoDraws(ncp).errors(leaf, *inputs, ref_pred=ref_pred, pairs=True)
+    winner, loser = torch.autograd.grad(error.sum(), leaf)[0].double().chunk(2)
+    pairs = list(zip(winner.flatten().tolist(), loser.flatten().tolist(), strict=True))
+    overlap, size = math.fsum(a * b for a, b in pairs), math.fsum(a * a for a, _ in pairs)
+    scale = min(0.1 * size / overlap, 1.0) if overlap > 0 else 1.0
+    assert (overlap > 0) == (shared > 0.1) or shared == 0
+    assert scope["scale"].item() == pytest.approx(scale, rel=1e-4)
+    assert scale * overlap <= 0.1 * size * (1 + 1e-9) or overlap <= 0  # a step lowers the winners' error
+
+    chosen, rejected, ref = *error.detach().double().chunk(2), ref_error.double()
+    z = 2500 * ((rejected - ref[2:]) - (chosen - ref[:2]))
+    factor = (2500 * torch.sigmoid(-z) / 2)[:, None, None, None]  # of the mean over two pairs
+    torch.testing.assert_close(trained.grad.double(), factor * (winner - scale * loser), rtol=1e-3, atol=1e-9)
+    plain = dpo_loss(*error.detach().chunk(2), *ref_error.chunk(2), beta=2500.0)
+    torch.testing.assert_close(scope["loss"].detach(), plain)
+
+
+class NoDraws(NamedTuple):
+    """The loss with z = 0 in its reverse step, so that two calls see the same."""
+
+    ncp: NoiseConditionedPerceptualLoss
+
+    def errors(self, model_pred: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> Any:
+        return self.ncp.errors(model_pred, *inputs, variance_noise=torch.zeros_like(inputs[0]), **options)

@@ -180,6 +180,18 @@ def test_dpo_loss_and_gradient_on_pairs_equal_equation_18(loss_type):
         torch.testing.assert_close(out.metrics[name], value.detach(), rtol=1e-8, atol=0)
 
 
+def test_an_anchor_and_a_beta_for_each_pair_reach_the_objective():
+    unet = UNETS["sd15"]
+    arguments = batch(unet, 2, pairs=True)
+    ncp, beta = NoiseConditionedPerceptualLoss(unet), torch.tensor([1e4, 3e5], dtype=torch.float64)
+    out = ncp_dpo_loss(ncp, **arguments, beta=beta, sft_weight=0.7, reduction="none")
+    error, ref_error = (e.detach().chunk(2) for e in ncp.errors(**arguments, pairs=True))
+    margin = (error[1] - ref_error[1]) - (error[0] - ref_error[0])
+    truth = (1 + (-beta * margin).exp()).log() + 0.7 * error[0]
+    torch.testing.assert_close(out.loss.detach(), truth, rtol=1e-9, atol=0)
+    torch.testing.assert_close(out.metrics["rewards/margins"], (beta * margin).mean(), rtol=1e-9, atol=0)
+
+
 def test_a_reference_error_computed_earlier_gives_the_same_loss_and_gradient():
     unet = UNETS["sd15"]
     arguments = batch(unet, 2, pairs=True)

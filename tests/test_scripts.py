@@ -145,6 +145,25 @@ def test_a_run_shows_a_progress_bar_and_logs_loss_and_rewards_at_every_step(whol
         assert np.isfinite(metrics[name]).all(), name
 
 
+def test_the_margin_is_logged_by_timestep_and_the_logs_hold_no_nan(whole_run):
+    metrics = logged(whole_run[0])
+    ranges = [f"rewards/margins/t{r}" for r in ("0-250", "250-500", "500-750", "750-1000")]
+    assert {name for name in metrics if "/t" in name} <= set(ranges)
+    # Two pairs a step are in one range or in two.
+    assert 6 <= sum(len(metrics.get(name, [])) for name in ranges) <= 12
+    assert all(np.isfinite(values).all() for values in metrics.values())
+
+
+def test_a_part_that_no_pair_was_in_is_left_out_of_a_mean_and_what_is_not_a_number_is_not_hidden():
+    nan = float("nan")
+    names = ["loss", "raw_model_loss", "rewards/margins/t0-250", "rewards/margins/t250-500"]
+    seen = torch.tensor([[1.0, nan, 4.0, nan], [3.0, 1.0, nan, nan]])
+    means = training.means_of(names, seen)
+    assert means.keys() == set(names[:3])
+    assert (means["loss"], means["rewards/margins/t0-250"]) == (2.0, 4.0)
+    assert np.isnan(means["raw_model_loss"])
+
+
 def test_a_run_killed_while_it_saves_and_then_resumed_reaches_the_same_bits(made, whole_run, call, capsys, tmp_path):
     out, _, steps = whole_run
     killed = launch("train_dpo_lora_sd", made.sd, tmp_path, *steps, prefix=("-c", KILLED))
@@ -208,7 +227,8 @@ def test_the_sft_script_learns_from_winners_alone(made, call, tmp_path):
     shutil.copytree(made.pairs / "chosen", images)
     shutil.copy(made.pairs / "metadata.jsonl", images)
     call("train_sft_lora", made.sd, tmp_path / "out", "--train_data_dir", images)
-    assert logged(tmp_path / "out").keys() == {"loss", "raw_model_loss", "lr"}
+    plain = {name for name in logged(tmp_path / "out") if "/t" not in name}
+    assert plain == {"loss", "raw_model_loss", "lr"}
     check_lora(StableDiffusionPipeline, made.sd, tmp_path / "out")
 
 
@@ -308,6 +328,29 @@ def test_a_table_trains_with_its_winners_first_and_its_ties_left_out(made, call,
         for image, index in zip(images, (winner, loser), strict=True):
             np.testing.assert_array_equal(np.asarray(image), np.asarray(digit(index, (64, 64))))
         assert caption == "a digit"
+
+
+def test_absolute_winners_are_kept_with_the_one_they_beat_last_whatever_captions_are_called(tmp_path):
+    uids = {"image_0_uid": list("abcef"), "image_1_uid": list("bcafd"), "label_1": [0.0, 0.0, 0.5, 0.0, 0.0]}
+    # a and c draw, b and f lose: e alone stays.
+    table([1, 1, 0.5, 1, 1], **uids).rename_column("caption", "text").save_to_disk(tmp_path / "table")
+    options = ["--dataset_name", tmp_path / "table", "--caption_column", "text"]
+    assert len(load_data(*options)) == 4
+    for pairs in (True, False):
+        data = load_data(*options, "--absolute_winners", pairs=pairs)
+        assert len(data) == 1
+        images, _ = data.row(0)
+        np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(digit(3, (64, 64))))
+
+
+def test_absolute_winners_of_a_table_without_the_columns_or_of_a_folder_are_refused(made, refused, tmp_path):
+    table([1.0]).save_to_disk(tmp_path / "table")
+    error = refused("--dataset_name", tmp_path / "table", "--absolute_winners")
+    assert "columns must be caption, image_0_uid, image_1_uid, label_0, label_1 and others" in error
+    assert "for --absolute_winners" in refused("--train_data_dir", made.pairs, "--absolute_winners")
+    uids = {"image_0_uid": ["a"], "image_1_uid": ["b"], "label_1": [1.0]}
+    table([1.0], **uids).save_to_disk(tmp_path / "labels")
+    assert "rows[0]'s label_0, label_1 must be" in refused("--dataset_name", tmp_path / "labels", "--absolute_winners")
 
 
 def test_a_table_of_decoded_images_gives_winners_first(made, call, tmp_path):
