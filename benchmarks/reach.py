@@ -136,6 +136,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         ratio.axhspan(0.98, 1.02, color=report.GREY, alpha=0.12, lw=0)
         for axis in (ratio, cosine, margin):
             axis.set_xlabel("reach, in rms of the latents")
+            axis.locator_params(axis="x", nbins=5)
     for network, color in colors.items():
         axes[0].plot([], [], color=color, label=NETWORKS[network].label)
     axes[0].plot([], [], color=report.GREY, ls=":", label="t <= 5 (solid: t >= 20)")
