@@ -68,7 +68,10 @@ def alignment_rows() -> list[str]:
 
 def throughput_rows(name: str = "throughput") -> list[str]:
     keys = ("over latent DPO", "over the published", "FLOPs over latent DPO")
-    return [f"| {r['step']} | " + " | ".join(f"{r[key]:.2f}" for key in keys) + " |" for r in result(name)["steps"]]
+    return [
+        f"| {r['step']} | " + " | ".join(f"{r[key]:.2f}" for key in keys) + f" | {r['encoder evaluations']} |"
+        for r in result(name)["steps"]
+    ]
 
 
 def profile_rows() -> list[str]:
@@ -87,8 +90,14 @@ def layer_rows() -> list[str]:
 
 
 def memory_rows() -> list[str]:
-    keys = ["held for backward, MB", "beyond latent DPO, MB", "peak, MB", "process, MB", "weights beyond the model, MB"]
+    keys = ["held for backward, MB", "peak, MB", "process, MB", "the loss holds, MB", "weights beyond the model, MB"]
     return [f"| {r['step']} | " + " | ".join(f"{r[key]:.1f}" for key in keys) + " |" for r in result("memory")["steps"]]
+
+
+def batch_rows() -> list[str]:
+    keys = ["the loss's own peak, MB", "peak of a step beyond latent DPO, MB"]
+    rows = result("memory")["batches"]
+    return [f"| {r['rows']} | {r['chunk_size']} | " + " | ".join(f"{r[key]:.1f}" for key in keys) + " |" for r in rows]
 
 
 def performance_figures() -> list[str]:
@@ -108,7 +117,7 @@ def performance_figures() -> list[str]:
 def test_the_performance_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "performance.md").read_text()
     rows = throughput_rows() + throughput_rows("throughput-sd15") + profile_rows()
-    rows += layer_rows() + memory_rows() + performance_figures()
+    rows += layer_rows() + memory_rows() + batch_rows() + performance_figures()
     for row in rows:
         assert row in page, row
 
