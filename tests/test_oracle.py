@@ -202,7 +202,7 @@ def test_a_reference_error_computed_earlier_gives_the_same_loss_and_gradient():
     with_error = ncp_dpo_loss(ncp, **arguments, ref_error=kept)
     torch.testing.assert_close(with_pred.loss, with_error.loss, rtol=1e-10, atol=0)
     a, b = (torch.autograd.grad(out.loss, arguments["model_pred"])[0] for out in (with_pred, with_error))
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-18)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * float(b.abs().max()))
 
 
 def test_cpo_and_sft_losses_equal_equation_19_and_the_winners_error():
