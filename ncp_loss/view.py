@@ -42,8 +42,9 @@ def frozen_view(model: M) -> M:
         A module of the unwrapped model's class, to be called like it, under ``torch.no_grad()``.
 
     Raises:
-        ValueError: an adapter is merged into the weights, so that the base model no longer exists, or cannot be left
-            out: one that parametrizes a weight, or took it from its layer.
+        ValueError: an adapter is merged into the weights, has rewritten them (PiSSA, OLoRA, ...), or cannot be left
+            out: one that parametrizes a weight, or took it from its layer; a hook makes weights, or offloads them.
+        RuntimeError: when called, if shared weights have changed, or become trainable, since the view's first call.
 
     >>> from torch import nn
     >>> layer = nn.Linear(2, 2).requires_grad_(False)

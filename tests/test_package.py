@@ -47,13 +47,13 @@ def test_the_package_is_small_and_every_file_opens_with_its_purpose():
         if file.name != "__init__.py":
             assert first[3:].startswith(f"{file.stem}: ")
     lines = [line for file in files for line in file.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 1900
+    assert len(lines) <= 2000
 
 
 def test_public_names_are_those_of_the_contract_and_documented():
     assert ncp_loss.__all__ == sorted(ncp_loss.__all__)
     assert set(ncp_loss.__all__) == {
-        *("NoiseConditionedPerceptualLoss", "NoiseSchedule", "PreferenceOutput", "frozen_view"),
+        *("FlowSchedule", "NoiseConditionedPerceptualLoss", "NoiseSchedule", "PreferenceOutput", "frozen_view"),
         *("cpo_loss", "dpo_loss", "sft_loss", "ncp_cpo_loss", "ncp_dpo_loss", "ncp_sft_loss"),
     }
     for name in ncp_loss.__all__:
