@@ -45,6 +45,10 @@ class _Weight:
     coarsest: float = 0.0  # rounding of the coarsest dtype it has been in
     rewritten: bool = False  # by what writes the same values again and again; its version tells nothing
 
+    def forget(self) -> None:
+        """Have its values looked at again, where it has any that can be."""
+        self.state = self.state if self.sums is None else None
+
 
 class Watch:
     """Tells when the weights that a view shares are no longer the base model's.
@@ -86,7 +90,7 @@ class Watch:
                 self._links[i] = link._replace(layers=layers)
         if self.stirred:  # a layer was put in the place of another, perhaps by an adapter that came, merged, and went
             for weight in self._weights():
-                weight.state = None
+                weight.forget()
         looked = [weight for weight in self._weights() if self._differs(weight)]
         for weight in looked:
             self._look(weight)
@@ -114,9 +118,9 @@ class Watch:
         for weight in weights:
             if lost and weight.sums is None:
                 raise self._moved(weight, "lost its adapter, which may have been merged into it")
-            weight.state = None
+            weight.forget()
             # PEFT's target_parameters parametrizes the weight while the model runs, which writes to it each time.
-            weight.rewritten |= any(vars(layer).get("parameter_name") == weight.key for layer in layers[:-1])
+            weight.rewritten = any(vars(layer).get("parameter_name") == weight.key for layer in layers[:-1])
 
     def _look(self, weight: _Weight) -> None:
         """At the values of one that is not as it was, and remember it as it is."""

@@ -312,6 +312,45 @@ def test_no_value_is_read_where_nothing_changed(build: Build) -> None:
     assert reads.count == 0
 
 
+class Quantised(nn.Parameter):
+    """A parameter whose values are not what is computed with, as bitsandbytes' and torchao's."""
+
+
+@BOTH
+def test_a_quantised_weight_that_is_replaced_under_an_adapter_is_told_and_the_adapter_alone_is_not(
+    make: Any, use: Any
+) -> None:
+    unet = small()
+    weight = unet.get_parameter(f"{CONV1}.weight")
+    conv(unet).weight = Quantised(weight.detach(), requires_grad=False)
+    arguments = batch(unet)
+    expected = truth(use, unet, arguments)
+    made = make(unet)
+    assert torch.equal(use(made, arguments), expected)
+    add_lora(unet)
+    for _ in range(2):
+        assert torch.equal(use(made, arguments), expected)
+    conv(unet).base_layer.weight = Quantised(2 * weight.detach(), requires_grad=False)
+    peft_lora(unet.mid_block.attentions[0])
+    with pytest.raises(RuntimeError, match=f"{CONV1}.weight was changed"):
+        use(made, arguments)
+
+
+def test_weights_are_watched_again_once_what_rewrote_them_has_left() -> None:
+    unet = small(torch.float32)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    config = LoraConfig(r=2, target_modules=[], target_parameters=[name], init_lora_weights=False)
+    arguments = batch(unet)
+    ncp = NCP(unet)
+    model = get_peft_model(unet, config)
+    use_loss(ncp, arguments)
+    model.unload()
+    use_loss(ncp, arguments)
+    nn.init.ones_(unet.get_parameter(name))
+    with pytest.raises(RuntimeError, match=f"{name} was changed"):
+        use_loss(ncp, arguments)
+
+
 # Copies.
 
 
