@@ -22,13 +22,14 @@ _MOVERS = ("layerwise_casting", "group_offloading", "lazy_prefetch_group_offload
 
 
 class Link(NamedTuple):
-    """Where the user's model holds a layer whose twin the view has; the layer, and those that it wraps."""
+    """Where the user's model holds a layer whose twin the view has; the layer, those that it wraps, its override."""
 
     path: str
     modules: Mapping[str, nn.Module | None]
     key: str
     twin: nn.Module
     layers: tuple[nn.Module, ...]
+    forward: Any = None  # what LyCORIS and kohya's LoRA put on the innermost layer's instance
 
 
 @dataclass
@@ -85,9 +86,10 @@ class Watch:
         for i, link in enumerate(self._links):
             layer = link.modules.get(link.key)
             layers = () if layer is None else layers_inside(layer, link.path, self.name)
-            if layers != link.layers:
+            forward = vars(layers[-1]).get("forward") if layers else None
+            if layers != link.layers or forward != link.forward:
                 self._expect(link, layers)
-                self._links[i] = link._replace(layers=layers)
+                self._links[i] = link._replace(layers=layers, forward=forward)
         if self.stirred:  # a layer was put in the place of another, perhaps by an adapter that came, merged, and went
             for weight in self._weights():
                 weight.forget()

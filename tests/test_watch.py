@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
+from test_adapters import lycoris
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,6 +111,24 @@ def test_a_base_that_is_no_longer_the_base_is_told_at_the_next_call_and_every_on
     for _ in range(2):
         with pytest.raises((RuntimeError, ValueError), match="^(unet|model).*" + re.escape(message)):
             use(made, arguments)
+
+
+@BOTH
+def test_a_lycoris_network_that_is_merged_is_told(make: Any, use: Any) -> None:
+    unet = small(torch.float32)
+    arguments = batch(unet)
+    expected = truth(use, unet, arguments)
+    made = make(unet)
+    network = lycoris("locon", unet)
+    assert torch.equal(use(made, arguments), expected)
+    network.restore()
+    assert torch.equal(use(made, arguments), expected)
+    network.apply_to()
+    assert torch.equal(use(made, arguments), expected)
+    network.restore()
+    network.merge_to(1.0)
+    with pytest.raises(RuntimeError, match="was changed"):
+        use(made, arguments)
 
 
 def test_the_reference_is_guarded_past_the_layer_of_the_loss_too() -> None:
