@@ -27,7 +27,7 @@ def check_number(
     name: str, value: object, must_be: str = "a positive number", fits: Callable[[float], bool] = lambda x: x > 0
 ) -> float:
     """A finite real number that fits, of Python or NumPy, or 0-dim on the host; True is none."""
-    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype != torch.bool and values_are_free(value):
+    if isinstance(value, Tensor) and value.ndim == 0 and values_are_free(value):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise bad(name, must_be, _of(value), TypeError)
@@ -48,9 +48,8 @@ def check_generator(name: str, value: object) -> None:
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise bad(name, "a tensor", type(value).__name__, TypeError)
-    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
-        was = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
-        raise bad(name, "a dense tensor", was, TypeError)
+    if value.layout is not torch.strided or value.is_nested:
+        raise bad(name, "a dense tensor", "nested" if value.is_nested else value.layout, TypeError)
     return value
 
 

@@ -528,6 +528,7 @@ def test_latents_of_another_rank_are_refused_though_channels_agree(shape: tuple[
 STRANGE = {
     "sparse": torch.ones(2, 4, 4, 4).to_sparse(),
     "nested": torch.nested.nested_tensor([torch.ones(4, 4, 4)] * 2, layout=torch.jagged),
+    "nested, strided": torch.nested.nested_tensor([torch.ones(4, 4, 4)] * 2),
     "float8": torch.ones(2, 4, 4, 4).to(torch.float8_e5m2),
     "quantized": torch.quantize_per_tensor(torch.ones(2, 4, 4, 4), 0.1, 0, torch.qint8),
 }
