@@ -12,12 +12,13 @@ from .objectives import (
     sft_loss,
 )
 from .preference import ncp_cpo_loss, ncp_dpo_loss, ncp_sft_loss
-from .schedule import NoiseSchedule
+from .schedule import FlowSchedule, NoiseSchedule
 from .view import frozen_view
 from .winners import absolute_winners
 
 __version__ = "0.1.0"
 __all__ = [
+    "FlowSchedule",
     "NoiseConditionedPerceptualLoss",
     "NoiseSchedule",
     "PreferenceOutput",

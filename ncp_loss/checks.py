@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import numbers
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def bad(name: str, must_be: str, was: object, error: type[Exception] = ValueError) -> Exception:
@@ -14,13 +19,30 @@ def bad(name: str, must_be: str, was: object, error: type[Exception] = ValueErro
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise bad(name, "one of " + ", ".join(sorted(map(repr, choices))), repr(value))
+    if not isinstance(value, tuple(map(type, choices))) or value not in choices:
+        raise bad(name, "one of " + ", ".join(sorted(map(repr, choices))), _of(value))
 
 
-def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise bad(name, "a positive number", repr(value))
+def check_number(
+    name: str, value: object, must_be: str = "a positive number", fits: Callable[[float], bool] = lambda x: x > 0
+) -> float:
+    """A finite real number that fits, of Python or NumPy, or 0-dim on the host; True is none."""
+    if isinstance(value, Tensor) and value.ndim == 0 and values_are_free(value):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise bad(name, must_be, _of(value), TypeError)
+    if not (abs(value) <= sys.float_info.max and fits(value)):  # type: ignore[operator, arg-type]
+        raise bad(name, must_be, repr(value))
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    return check_number(name, value)
+
+
+def check_generator(name: str, value: object) -> None:
+    if not isinstance(value, torch.Generator | None):
+        raise bad(name, "a torch.Generator or None", _of(value), TypeError)
 
 
 def check_count(name: str, value: object, must_be: str, *others: object) -> None:
@@ -32,13 +54,15 @@ def check_count(name: str, value: object, must_be: str, *others: object) -> None
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise bad(name, "a tensor", type(value).__name__, TypeError)
+    if value.layout is not torch.strided or value.is_nested:
+        raise bad(name, "a dense tensor", "nested" if value.is_nested else value.layout, TypeError)
     return value
 
 
 def check_floating(name: str, value: object) -> Tensor:
     tensor = check_tensor(name, value)
-    if not tensor.is_floating_point():
-        raise bad(name, "a floating-point tensor", tensor.dtype, TypeError)
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise bad(name, "a floating-point tensor of 16 bits or more", tensor.dtype, TypeError)
     return tensor
 
 
@@ -94,34 +118,54 @@ def check_latents(
 
 def expand_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
     """One timestep for each sample, where one is given for all too: 0-dim or (B,) -> (B,)."""
-    t = check_device("timesteps", check_tensor("timesteps", timesteps), "noisy_latents", latents)
+    t = check_device("timesteps", _of_numbers(check_tensor("timesteps", timesteps)), "noisy_latents", latents)
     t = t.expand(len(latents)) if t.ndim == 0 else t
     if t.shape != (len(latents),):
         raise bad("timesteps", f"0-dimensional or of shape ({len(latents)},)", f"of shape {tuple(t.shape)}")
     return t
 
 
-def check_timesteps(timesteps: Tensor, count: int, whole: bool = True) -> None:
-    """Whole numbers in [0, count), or any in [0, count]."""
-    if values_are_free(timesteps):
-        low, high = timesteps.min().item(), timesteps.max().item()
-        if low < 0 or high > count or (whole and high == count):
-            raise bad("timesteps", f"in [0, {count}{')' if whole else ']'}", f"in [{low}, {high}]")
-        if whole and timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
-            raise bad("timesteps", "whole numbers", timesteps.tolist())
+def check_timesteps(timesteps: Any, count: int, whole: bool = True, low: int = 0) -> Tensor:
+    """Whole numbers in [low, count), or any in [0, count]; a tensor, or what makes one."""
+    try:
+        t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise bad("timesteps", "a tensor", type(timesteps).__name__, TypeError) from None
+    t = _of_numbers(check_tensor("timesteps", t))
+    if values_are_free(t):
+        least, most = t.min().item(), t.max().item()
+        if not (least >= low and most <= count) or (whole and most == count):
+            raise bad("timesteps", f"in [{low}, {count}{')' if whole else ']'}", f"in [{least}, {most}]")
+        if whole and t.is_floating_point() and not torch.equal(t, t.round()):
+            raise bad("timesteps", "whole numbers", t.tolist())
+    return t
 
 
 def check_pairs(shared: Mapping[str, Tensor | None]) -> None:
-    """The two halves of each agree, winner for loser; looked at only where looking is free."""
+    """The two halves of each agree, winner for loser, NaN with NaN; looked at only where looking is free."""
     for name, value in shared.items():
-        if value is not None and values_are_free(value) and not torch.equal(*value.chunk(2)):
-            raise bad(name, "the same for both members of a pair (winners first, then losers)", "different")
+        if value is not None and values_are_free(value):
+            winners, losers = value.chunk(2)
+            if not torch.allclose(winners, losers, rtol=0, atol=0, equal_nan=True):
+                raise bad(name, "the same for both members of a pair (winners first, then losers)", "different")
 
 
 def values_are_free(value: Tensor) -> bool:
     """Whether reading values costs no synchronisation: a real tensor on the host, outside a trace."""
     readable = value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0
     return readable and not torch.compiler.is_compiling()
+
+
+def _of_numbers(timesteps: Tensor) -> Tensor:
+    if timesteps.dtype not in _INTEGERS and (not timesteps.is_floating_point() or timesteps.itemsize == 1):
+        must_be = "of int8 to int64, uint8 or a floating-point dtype of 16 bits or more"
+        raise bad("timesteps", must_be, timesteps.dtype, TypeError)
+    return timesteps
+
+
+def _of(value: object) -> str:
+    """A value that reads as one, or else what it is."""
+    return repr(value) if isinstance(value, str | numbers.Number | None) else type(value).__name__
 
 
 def _shape(value: Tensor) -> str:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import bad, check_floating, check_rows
 from .schedule import constant_to_compilers
-from .view import Watch, own_trainable, twin_of
+from .view import own_trainable, twin_of
+from .watch import Watch
 
 Layers = str | Sequence[str] | Mapping[str, float]
 Features = dict[str, Tensor]

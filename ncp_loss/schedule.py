@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .checks import bad, check_choice, check_positive, check_timesteps
+from .checks import bad, check_choice, check_generator, check_number, check_timesteps, values_are_free
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW_PREDICTION_TYPES = ("flow", "sample")
 Step = int | Literal["uniform", "clean"]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,6 +21,12 @@ def constant_to_compilers(function: F) -> F:
     """``torch.compiler.assume_constant_result``, which would import the compiler with the library."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def check_step(step: object) -> None:
+    named = isinstance(step, str) and step in ("uniform", "clean")
+    if not named and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
+        raise bad("step", "a positive int, 'uniform' or 'clean'", repr(step))
 
 
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -44,6 +52,46 @@ class ReverseStep(NamedTuple):
         return per_sample(self.B, output) * (output.to(self.B.dtype) - target)
 
 
+class _Settings(NamedTuple):
+    """What of a diffusers scheduler a schedule is made of, all of it on the host."""
+
+    betas: Any
+    alphas_cumprod: Tensor | None  # where it is on the host: add_noise moves it to where the samples are
+    versions: tuple[int, int]
+    prediction_type: str
+    flows: bool
+    shift: float | None
+    steps: int
+
+    @classmethod
+    def of(cls, scheduler: Any) -> _Settings:
+        config: Any = getattr(scheduler, "config", None)
+        betas, product = getattr(scheduler, "betas", None), getattr(scheduler, "alphas_cumprod", None)
+        product = product if isinstance(product, Tensor) and product.device.type == "cpu" else None
+        versions = _version(betas), _version(product)
+        prediction_type = getattr(config, "prediction_type", None)
+        flows = getattr(config, "use_flow_sigmas", False) or prediction_type == "flow_prediction"
+        given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
+        shift = getattr(config, "flow_shift", None) if flows else given
+        if shift is not None and getattr(config, "use_dynamic_shifting", False):
+            shift = 1.0  # by the image's size, and only in sampling
+        if getattr(config, "invert_sigmas", False):
+            shift = None
+        flows = flows or not isinstance(betas, Tensor)
+        predicted = prediction_type or ("flow" if flows else "epsilon")
+        predicted = "flow" if predicted == "flow_prediction" else predicted
+        return cls(betas, product, versions, predicted, flows, shift, getattr(config, "num_train_timesteps", 0))
+
+    def differ(self, now: _Settings) -> bool:
+        of_betas = self.betas is not now.betas or self.versions[0] != now.versions[0]
+        same_product = self.alphas_cumprod is now.alphas_cumprod and self.versions[1] == now.versions[1]
+        return of_betas or self[3:] != now[3:] or not (same_product or now.alphas_cumprod is None)
+
+
+def _version(tensor: object) -> int:
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
+
+
 class NoiseSchedule:
     r"""A variance-preserving noise schedule: ``x_t = alpha(t) x_0 + sigma(t) eps`` (paper, eq. 1).
 
@@ -51,10 +99,14 @@ class NoiseSchedule:
 
     Args:
         betas: T variances, each in (0, 1]; the last may be 1 (zero terminal SNR) unless the model predicts epsilon.
+            None so small that 1 - beta is 1 in float64.
         prediction_type: what the model outputs: "epsilon" (noise), "v_prediction" (velocity) or "sample" (x_0).
 
     Raises:
-        ValueError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
+        ValueError, TypeError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
+
+    Warns:
+        UserWarning: B of one timestep is over a hundred times that of most, so that a sample there owns its batch.
 
     >>> schedule = NoiseSchedule.from_scheduler(None)  # Stable Diffusion's own
     >>> len(schedule), round(schedule.alpha(torch.tensor(999)).item(), 4)
@@ -62,22 +114,32 @@ class NoiseSchedule:
     """
 
     _whole = True  # timesteps are whole numbers, for which coefficients can stand in tables
+    _scheduler: Any = None  # that it was read from, and what was read
+    _read: _Settings | None = None
 
     def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
-        if b.ndim != 1 or len(b) == 0 or not bool(((b > 0) & (b <= 1)).all()):
-            raise bad("betas", "a 1-D sequence of values in (0, 1]", f"of shape {tuple(b.shape)}, {b}")
+        must_be, b = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1", None
+        try:
+            if isinstance(betas, Tensor) and betas.is_complex():
+                raise TypeError
+            b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
+            good = b.ndim == 1 and len(b) > 0 and bool(((1 - b < 1) & (b <= 1)).all())
+        except (TypeError, ValueError, RuntimeError):  # a string, a ragged list, values that are not there
+            raise bad("betas", must_be, type(betas).__name__, TypeError) from None
+        if not good:
+            raise bad("betas", must_be, f"of shape {tuple(b.shape)}, {b}")
         squared = torch.cumprod(1 - b, 0)
         if prediction_type == "epsilon" and squared[-1] == 0:
             must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
             raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
-        self.prediction_type = prediction_type
+        self._prediction_type = prediction_type
         # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
         self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
         self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
         # What has been moved to a device: alpha and sigma, and the coefficients of a step.
         self._moved: dict[Any, tuple[Tensor, ...]] = {}
+        self._warn(torch.arange(len(self), device="cpu"))
 
     @classmethod
     def from_scheduler(cls, scheduler: Any = None) -> NoiseSchedule:
@@ -89,31 +151,54 @@ class NoiseSchedule:
         ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A flow-matching scheduler gives a
         :class:`FlowSchedule` with its shift.
 
+        The scheduler is kept: where its betas, prediction type or shift change later, the schedule's do.
+
         Raises:
             TypeError: the scheduler has neither betas nor a shift, or runs from data to noise.
+            ValueError: its ``alphas_cumprod`` is not finite, or what it holds is no schedule.
         """
         if scheduler is None:
             return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square())
         if isinstance(scheduler, NoiseSchedule):
             return scheduler
-        config: Any = getattr(scheduler, "config", None)
-        betas = getattr(scheduler, "betas", None)
-        flows = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
-        if isinstance(betas, Tensor) and not flows:
-            betas, product = betas.to("cpu", torch.float64), getattr(scheduler, "alphas_cumprod", None)
-            if isinstance(product, Tensor) and not product.is_meta:  # add_noise moves it to where the samples are
-                product = product.to("cpu", torch.float64)
-                if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
-                    betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
-            return cls(betas, getattr(config, "prediction_type", "epsilon"))
-        given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
-        shift = getattr(config, "flow_shift", None) if flows else given
-        inverted = getattr(config, "invert_sigmas", False)
-        if shift is None or inverted or not hasattr(config, "num_train_timesteps"):
+        read = _Settings.of(scheduler)
+        if read.flows and (read.shift is None or not read.steps):
             must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
             raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
-        dynamic = getattr(config, "use_dynamic_shifting", False)  # by the image's size, and only in sampling
-        return FlowSchedule(1.0 if dynamic else shift, config.num_train_timesteps)
+        if read.flows:
+            schedule: NoiseSchedule = FlowSchedule(read.shift, read.steps, read.prediction_type)  # type: ignore[arg-type]
+        else:
+            schedule = cls(_betas(scheduler), read.prediction_type)
+        schedule._scheduler, schedule._read = scheduler, read
+        return schedule
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model outputs; of a scheduler, what its configuration says now."""
+        self._follow()
+        return self._prediction_type
+
+    def _follow(self) -> None:
+        """A scheduler that has been given other settings since is read again; scripts do that inside their loop."""
+        if torch.compiler.is_compiling() or self._read is None:
+            return
+        if self._read.differ(_Settings.of(self._scheduler)):
+            now = NoiseSchedule.from_scheduler(self._scheduler)
+            if type(now) is not type(self):
+                raise bad("schedule", f"what it was, a {type(self).__name__}", f"changed to a {type(now).__name__}")
+            vars(self).update(vars(now))
+
+    def _warn(self, t: Tensor) -> None:
+        """Where one sample would own its batch: its error has B^2 in it."""
+        B = self._coefficients(t, self._after(t, 1, None), 1)[1].abs()
+        times = B.max().item() / B.median().item()
+        if times > 100:
+            warnings.warn(
+                f"{self}: at timestep {t[B.argmax()].item():g} the reverse step's B is {times:.0f} times the median. "
+                "Errors grow with B^2, so one sample there owns its batch: pass weighting='noise', which divides by "
+                "B^2, or leave such timesteps out",
+                stacklevel=4,
+            )
 
     def __len__(self) -> int:
         return len(self._alpha) - 1
@@ -122,15 +207,25 @@ class NoiseSchedule:
         return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
 
     def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale at ``timesteps``, any shape, float64."""
-        return self._at(0, timesteps)
+        """The signal's scale at ``timesteps``, any shape, float64; -1 is the clean end."""
+        return self._at(0, self._checked(timesteps))
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at ``timesteps``, any shape, float64."""
-        return self._at(1, timesteps)
+        """The noise's scale at ``timesteps``, any shape, float64; -1 is the clean end."""
+        return self._at(1, self._checked(timesteps))
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         """t' for t: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
+        check_step(step)
+        check_generator("generator", generator)
+        t = self._checked(timesteps)
+        return self._after(t if t.is_floating_point() else t.long(), step, generator)
+
+    def _checked(self, timesteps: Tensor) -> Tensor:
+        self._follow()
+        return check_timesteps(timesteps, len(self), self._whole, low=-1)
+
+    def _after(self, timesteps: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
         if step == "clean":
             return torch.full_like(timesteps, -1)
         if step == "uniform":
@@ -161,13 +256,24 @@ class NoiseSchedule:
             dtype: of the coefficients, which are computed in float64 whatever it is.
             generator: draws t' for "uniform".
             pairs: the second half of the batch shares its draws of t' with the first.
+
+        Raises:
+            ValueError, TypeError: an argument of the wrong type, dtype, shape or value.
         """
-        check_timesteps(timesteps, len(self), self._whole)
+        self._follow()
+        check_step(step)
+        check_generator("generator", generator)
+        timesteps = self._check_given(timesteps)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise bad("dtype", "a floating-point torch.dtype", repr(dtype), TypeError)
+        if pairs and (timesteps.ndim != 1 or len(timesteps) % 2):
+            must_be = "an even batch, (2B,): winners first, then their losers"
+            raise bad("timesteps", must_be, f"shaped {tuple(timesteps.shape)}")
         t = timesteps.long() if self._whole else timesteps
         if step == "uniform" and pairs:
-            after = self.next_timesteps(t[: len(t) // 2], step, generator).repeat(2)
+            after = self._after(t[: len(t) // 2], step, generator).repeat(2)
         else:
-            after = self.next_timesteps(t, step, generator)
+            after = self._after(t, step, generator)
         if self._whole and step != "uniform":
             A, B, s = (table[t] for table in _tables(self, step, t.device, dtype))
         else:
@@ -175,15 +281,17 @@ class NoiseSchedule:
         kept = timesteps.dtype if self._whole or timesteps.is_floating_point() else torch.float32
         return ReverseStep(A, B, s, after.clamp(min=0).to(kept))
 
-    def _at(self, which: int, timesteps: Tensor) -> Tensor:
+    def _check_given(self, timesteps: Tensor) -> Tensor:
+        return check_timesteps(timesteps, len(self), self._whole)
+
+    def _at(self, which: int, t: Tensor) -> Tensor:
         """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
-        t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
         dtype = torch.float32 if t.device.type == "mps" else torch.float64
         return _tables(self, None, t.device, dtype)[which][t.long()]
 
     def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and s of the step from ``t`` to ``after``, in float64."""
-        alpha, sigma, alpha_, sigma_ = self.alpha(t), self.sigma(t), self.alpha(after), self.sigma(after)
+        alpha, sigma, alpha_, sigma_ = (self._at(which, time) for time in (t, after) for which in (0, 1))
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         posterior = isinstance(step, int)  # eta = 1
         s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt() if posterior else zero
@@ -193,7 +301,7 @@ class NoiseSchedule:
             "epsilon": ((1 / alpha, -sigma / alpha), (zero, one)),
             "v_prediction": ((alpha, -sigma), (sigma, alpha)),
             "sample": ((zero, one), (1 / sigma, -alpha / sigma)),
-        }[self.prediction_type]
+        }[self._prediction_type]
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
         return A, B, s
 
@@ -209,11 +317,41 @@ def _tables(schedule: NoiseSchedule, step: Step | None, device: torch.device, dt
     tables: tuple[Tensor, ...] = (schedule._alpha, schedule._sigma)
     if step is not None:
         t = torch.arange(len(schedule), device="cpu")
-        tables = schedule._coefficients(t, schedule.next_timesteps(t, step), step)
+        tables = schedule._coefficients(t, schedule._after(t, step, None), step)
     tables = tuple(table.to(device, dtype) for table in tables)
     if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
         schedule._moved[key] = tables
     return tables
+
+
+def check_noisy(schedule: NoiseSchedule, noisy_latents: Tensor, timesteps: Tensor) -> None:
+    """Where looking is free: latents far above unit variance, at high noise, are a sampler's, not the model's.
+
+    The Euler-like schedulers' ``add_noise`` gives x_0 + (sigma / alpha) eps; the model gets that times alpha, which
+    their ``scale_model_input`` makes of it. At high noise x_0 has little part in it.
+    """
+    if not values_are_free(noisy_latents) or not values_are_free(timesteps):
+        return
+    high = schedule.alpha(timesteps).square() < 0.05
+    power = noisy_latents.detach().double().square().flatten(1).mean(1) * high
+    if (power > 4).any():
+        must_be = "as the model gets them, alpha x_0 + sigma noise (an Euler-like scheduler's scale_model_input makes"
+        was = f"of mean square {power.max().item():.3g} at timestep {timesteps[power.argmax()].item():g}"
+        raise bad("noisy_latents", f"{must_be} its add_noise that), near 1 at high noise", was)
+
+
+def _betas(scheduler: Any) -> Tensor:
+    """A scheduler's betas; those of its ``alphas_cumprod`` where that is not their product."""
+    betas: Tensor = scheduler.betas.to("cpu", torch.float64)
+    product = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(product, Tensor) and not product.is_meta:
+        product = product.to("cpu", torch.float64)
+        if product.shape != betas.shape or not product.isfinite().all():
+            must_be = f"a scheduler with {len(betas)} finite `alphas_cumprod`, one for each of its `betas`"
+            raise bad("schedule", must_be, f"{type(scheduler).__name__} with {product}")
+        if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
+            betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
+    return betas
 
 
 class FlowSchedule(NoiseSchedule):
@@ -221,14 +359,18 @@ class FlowSchedule(NoiseSchedule):
 
     A timestep is ``sigma * steps``, a float in (0, steps], on the grid or between its points, as trainers of SD 3, Flux
     and their kin hold it. The grid is uniform in u, ``sigma = shift u / (1 + (shift - 1) u)``; step=k goes from u to
-    ``u - k / steps``: ``x_t' = x_t + (sigma' - sigma) o``, the Euler step, with nothing random in it (eta = 0).
+    ``u - k / steps``: ``x_t' = x_t + (sigma' - sigma) o``, the Euler step, with nothing random in it (eta = 0). Where
+    the prediction is x_0, as with trainers' ``precondition_outputs``, this is
+    ``x_t' = (sigma'/sigma) x_t + (1 - sigma'/sigma) o``.
 
     Args:
         shift: of the sigmas, as in FlowMatchEulerDiscreteScheduler; 1 where shifting is dynamic.
         steps: T, the scale of the timesteps.
+        prediction_type: what the model outputs: "flow" or "sample" (x_0).
 
     Raises:
-        ValueError: a shift that is not positive, no steps.
+        ValueError, TypeError: a shift that is not a positive number, steps that are not a positive whole one, an
+            unknown prediction type.
 
     >>> schedule = FlowSchedule(shift=3.0)
     >>> schedule.reverse_step(torch.tensor([750.0])).timesteps  # u = 0.5, then 0.499
@@ -236,41 +378,61 @@ class FlowSchedule(NoiseSchedule):
     """
 
     _whole = False
+    _scale_seen = False  # a timestep above 1
 
-    def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
-        check_positive("shift", shift)
-        check_positive("steps", steps)
-        self.prediction_type = "flow"
-        self.shift, self.steps = float(shift), int(steps)
+    def __init__(self, shift: float = 1.0, steps: int = 1000, prediction_type: str = "flow") -> None:
+        check_choice("prediction_type", prediction_type, FLOW_PREDICTION_TYPES)
+        self._prediction_type, self.shift = prediction_type, check_number("shift", shift)
+        self.steps = int(check_number("steps", steps, "a positive whole number", lambda n: n >= 1 and n == int(n)))
+        u = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
+        self._warn(self._timesteps(u))
 
     def __len__(self) -> int:
         return self.steps
 
     def __repr__(self) -> str:
-        return f"FlowSchedule(shift={self.shift}, steps={self.steps})"
+        kind = "" if self._prediction_type == "flow" else f", prediction_type={self._prediction_type!r}"
+        return f"FlowSchedule(shift={self.shift}, steps={self.steps}{kind})"
 
-    def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale, 1 - sigma."""
-        return 1 - self.sigma(timesteps)
+    def _checked(self, timesteps: Tensor) -> Tensor:
+        self._follow()
+        return check_timesteps(timesteps, len(self), self._whole)
 
-    def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at ``timesteps``, any shape, float64."""
-        t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
-        return t.to(torch.float32 if t.device.type == "mps" else torch.float64) / self.steps
+    def _check_given(self, timesteps: Tensor) -> Tensor:
+        """Sigmas given for timesteps are told until the first timestep above 1; a true one below is rare."""
+        t = self._checked(timesteps)
+        if self.steps > 1 and not self._scale_seen and values_are_free(t):
+            self._scale_seen = bool((t > 1).any())
+            if not self._scale_seen and bool(((t > 0) & (t < 1)).any()):
+                was = f"in [{t.min().item():g}, {t.max().item():g}], which looks like sigma itself"
+                raise bad("timesteps", f"sigma * {self.steps}, in [0, {self.steps}]", was)
+        return t
 
-    def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
+    def _at(self, which: int, t: Tensor) -> Tensor:
+        """1 - sigma or sigma, the scales of the signal and the noise."""
+        sigma = t.to(torch.float32 if t.device.type == "mps" else torch.float64) / self.steps
+        return sigma if which else 1 - sigma
+
+    def _timesteps(self, u: Tensor) -> Tensor:
+        return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def _after(self, timesteps: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
         """t' for t: ``step`` grid points below; 0, the clean end, past the last and at "clean"; drawn for "uniform"."""
-        sigma = self.sigma(timesteps)
+        sigma = self._at(1, timesteps)
         if step == "clean":
             return torch.zeros_like(sigma)
         if step == "uniform":
             device = sigma.device if generator is None else generator.device
-            u = torch.rand(sigma.shape, generator=generator, device=device).to(sigma)
+            u = torch.rand(sigma.shape, generator=generator, device=device, dtype=torch.float32).to(sigma)
         else:
             u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
-        return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
+        return self._timesteps(u)
 
     def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """A = 1, ``B = sigma' - sigma``, s = 0."""
-        B = self.sigma(after) - self.sigma(t)
-        return torch.ones_like(B), B, torch.zeros_like(B)
+        """A = 1, ``B = sigma' - sigma``, s = 0; of a model that predicts x_0, ``sigma'/sigma`` and 1 less that."""
+        sigma, sigma_ = self._at(1, t), self._at(1, after)
+        zero = torch.zeros_like(sigma)
+        if self._prediction_type == "flow":
+            return torch.ones_like(sigma), sigma_ - sigma, zero
+        A = torch.where(sigma > 0, sigma_ / sigma, zero)  # the clean end is x_0
+        return A, torch.where(sigma > 0, (sigma - sigma_) / sigma, torch.ones_like(sigma)), zero

@@ -41,7 +41,7 @@ def test_the_public_surface_is_the_pinned_one() -> None:
     assert "\n".join(surface()) + "\n" == PINNED.read_text()
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "NoiseConditionedPerceptualLoss", "NoiseSchedule"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "FlowSchedule", "NoiseConditionedPerceptualLoss", "NoiseSchedule"])
 def test_a_public_name_documents_what_it_computes_what_it_raises_and_an_example_that_runs(name: str) -> None:
     text = inspect.getdoc(getattr(ncp_loss, name))
     assert "Raises:" in text

@@ -144,7 +144,9 @@ ROWS += [
     errors("timesteps: T", "timesteps must be in [0, 1000); it was in [5, 1000]", timesteps=torch.tensor([5, 1000])),
     errors("timesteps: past T", "timesteps must be in [0, 1000)", timesteps=torch.tensor(2000)),
     errors("timesteps: fraction", "timesteps must be whole numbers", timesteps=torch.tensor([3.5, 5.0])),
-    errors("timesteps: nan", "timesteps must be whole numbers", timesteps=torch.tensor([NAN, 5.0])),
+    errors(
+        "timesteps: nan", "timesteps must be in [0, 1000); it was in [nan, nan]", timesteps=torch.tensor([NAN, 5.0])
+    ),
     errors("timesteps: batch", "timesteps must be 0-dimensional or of shape (2,)", timesteps=lambda t: t[:1]),
     errors("timesteps: rank", "timesteps must be 0-dimensional or of shape (2,)", timesteps=lambda t: t[:, None]),
     errors("timesteps: int", "timesteps must be a tensor; it was int", TypeError, timesteps=5),

@@ -239,8 +239,9 @@ def test_an_exported_loss_gives_the_same_values_at_other_timesteps(options: dict
         torch.testing.assert_close(program(**later), whole(**later), rtol=1e-9, atol=0)
 
 
-def test_a_schedule_is_read_by_the_compiler_as_it_is_in_eager_mode() -> None:
-    schedule = NoiseSchedule.from_scheduler(None)
+@pytest.mark.parametrize("scheduler", [None, DDPMScheduler()], ids=["none", "DDPM"])
+def test_a_schedule_is_read_by_the_compiler_as_it_is_in_eager_mode(scheduler: Any) -> None:
+    schedule = NoiseSchedule.from_scheduler(scheduler)
     t = torch.tensor([0, 3, 999])
     compiled = torch.compile(schedule.reverse_step, fullgraph=True, backend=Backend())
     torch.testing.assert_close(compiled(t), schedule.reverse_step(t), rtol=0, atol=0)

@@ -107,7 +107,7 @@ def test_every_file_opens_with_its_purpose():
 def test_public_names_are_those_of_the_contract_and_documented():
     assert ncp_loss.__all__ == sorted(ncp_loss.__all__)
     assert set(ncp_loss.__all__) == {
-        *("NoiseConditionedPerceptualLoss", "NoiseSchedule", "PreferenceOutput", "frozen_view"),
+        *("FlowSchedule", "NoiseConditionedPerceptualLoss", "NoiseSchedule", "PreferenceOutput", "frozen_view"),
         *("cpo_loss", "dpo_loss", "sft_loss", "ncp_cpo_loss", "ncp_dpo_loss", "ncp_sft_loss"),
         *("mapo_loss", "kto_loss", "preference_metrics", "by_timestep", "absolute_winners"),
     }

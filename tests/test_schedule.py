@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
+import warnings
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import diffusers
+import numpy as np
 import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from users import batch, small
 
-from ncp_loss import NoiseSchedule
+from ncp_loss import FlowSchedule, NoiseSchedule
+from ncp_loss import NoiseConditionedPerceptualLoss as NCP
+from ncp_loss.checks import check_generator, check_latents, check_number, check_pairs, expand_timesteps
+from ncp_loss.schedule import check_noisy
 
 BETAS = oracle.scaled_linear_betas()
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -194,3 +205,362 @@ def test_a_schedule_lives_on_the_host_whatever_the_default_device(step):
         schedules = [NoiseSchedule(BETAS), NoiseSchedule.from_scheduler(None)]
         steps = [schedule.reverse_step(torch.tensor([1, 500], device="cpu"), step) for schedule in schedules]
     assert all(x.device.type == "cpu" for back in steps for x in back)
+
+
+# Schedulers whose settings change after the schedule was made of them.
+
+
+def zero_snr_by_hand(scheduler: Any) -> None:
+    """As kohya's `fix_noise_scheduler_betas_for_zero_terminal_snr`."""
+    alphas = (1 - scheduler.betas).cumprod(0).sqrt()
+    alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    squared = alphas.square()
+    scheduler.betas = 1 - torch.cat([squared[:1], squared[1:] / squared[:-1]])
+    scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0)
+
+
+def only_the_product(scheduler: Any) -> None:
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.5
+
+
+RESET: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "prediction type": (
+        diffusers.DDPMScheduler(**SD),
+        lambda scheduler: scheduler.register_to_config(prediction_type="v_prediction"),
+    ),
+    "betas": (diffusers.DDPMScheduler(**SD, prediction_type="v_prediction"), zero_snr_by_hand),
+    "betas in place": (diffusers.DDPMScheduler(**SD), lambda scheduler: scheduler.betas.mul_(0.5)),
+    "alphas_cumprod": (diffusers.DDPMScheduler(**SD), only_the_product),
+    "shift": (diffusers.FlowMatchEulerDiscreteScheduler(), lambda scheduler: scheduler.set_shift(3.0)),
+}
+
+
+@pytest.mark.parametrize(("scheduler", "reset"), RESET.values(), ids=RESET)
+@pytest.mark.parametrize("copied", [lambda s: s, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_schedule_follows_the_scheduler_it_was_made_of(scheduler: Any, reset: Any, copied: Any) -> None:
+    t = torch.tensor([1, 500, 998])
+    for use in (
+        lambda schedule: schedule.reverse_step(t, dtype=torch.float64)[:3],
+        lambda schedule: (schedule.alpha(t), schedule.sigma(t)),
+        lambda schedule: (torch.tensor(schedule.prediction_type == "epsilon"),),
+        lambda schedule: (schedule.next_timesteps(t, 7),),
+    ):
+        original = copy.deepcopy(scheduler)
+        mine, schedule = copied((original, NoiseSchedule.from_scheduler(original)))
+        before = schedule.reverse_step(t, dtype=torch.float64)
+        reset(mine)
+        assert all(map(torch.equal, use(schedule), use(NoiseSchedule.from_scheduler(mine))))
+        assert not torch.equal(schedule.reverse_step(t, dtype=torch.float64).B, before.B)
+
+
+@pytest.mark.parametrize("t", [500, 999])
+def test_errors_are_right_when_a_script_sets_the_prediction_type_inside_its_loop(t: int) -> None:
+    unet, scheduler = small(), diffusers.DDPMScheduler(**SD)
+    arguments = batch(unet, size=1, timesteps=[t])
+    ncp = NCP(unet, schedule=scheduler)
+    ncp.errors(**arguments)
+    abar = oracle.cumulative_alphas((1 - (1 - scheduler.betas.double())).tolist())
+    for _ in range(2):
+        scheduler.register_to_config(prediction_type="v_prediction")
+        names = ("model_pred", "target", "noisy_latents", "timesteps", "variance_noise")
+        given = [arguments[name] for name in names]
+        text = arguments["encoder_hidden_states"]
+        truth = oracle.batch_errors(unet, "down_blocks.1", *given, abar, "v_prediction", text)
+        torch.testing.assert_close(ncp.errors(**arguments)[0], truth, rtol=1e-6, atol=0)
+
+
+def test_a_scheduler_whose_settings_stay_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.DDPMScheduler(**SD)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    t = torch.tensor([3])
+    schedule.reverse_step(t)
+    tables = schedule._moved
+    scheduler.register_to_config(prediction_type="epsilon", clip_sample=False)
+    scheduler.set_timesteps(20)
+    x = torch.empty(1, device="meta")
+    scheduler.add_noise(x, x, torch.zeros(1, dtype=torch.int64, device="meta"))
+    schedule.reverse_step(t)
+    assert schedule._moved is tables
+
+
+def test_a_scheduler_that_becomes_another_kind_of_schedule_is_refused() -> None:
+    scheduler = diffusers.UniPCMultistepScheduler(**SD)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    scheduler.register_to_config(prediction_type="flow_prediction", flow_shift=3.0)
+    with pytest.raises(ValueError, match=r"^schedule must be what it was, a NoiseSchedule; .* a FlowSchedule"):
+        schedule.reverse_step(torch.tensor([3]))
+
+
+def test_flow_schedulers_are_told_by_either_of_their_marks_and_without_the_option_of_dynamic_shifting() -> None:
+    of = NoiseSchedule.from_scheduler
+    heun = diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0)
+    assert not hasattr(heun.config, "use_dynamic_shifting")
+    assert (of(heun).prediction_type, of(heun).shift) == ("flow", 2.0)
+    marked = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", flow_shift=3.0)
+    assert isinstance(of(marked), FlowSchedule)
+    x_0 = diffusers.UniPCMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0)
+    assert (of(x_0).prediction_type, of(x_0).shift) == ("sample", 3.0)
+    with pytest.raises(ValueError, match=r"^prediction_type must be one of 'flow', 'sample'; it was 'epsilon'"):
+        of(diffusers.UniPCMultistepScheduler(use_flow_sigmas=True))
+
+
+def test_a_product_of_alphas_that_is_not_the_betas_is_taken_though_it_is_float32() -> None:
+    scheduler = diffusers.DDPMScheduler(**SD)
+    assert scheduler.alphas_cumprod.dtype == torch.float32
+    fine = NoiseSchedule.from_scheduler(scheduler)
+    torch.testing.assert_close(
+        fine.alpha(500).square(), (1 - scheduler.betas.double()).cumprod(0)[500], rtol=1e-14, atol=0
+    )
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+    squared = NoiseSchedule.from_scheduler(scheduler).alpha(torch.arange(1000)).square()
+    torch.testing.assert_close(squared, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
+
+
+# Flows of models that predict x_0.
+
+
+@pytest.mark.parametrize("step", [1, 30, 1200, "clean"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_that_predicts_x_0_takes_the_step_of_the_flow_that_it_stands_for(step: Any, shift: float) -> None:
+    t = torch.tensor([1000.0, 999.5, 640.0, 3.0], dtype=torch.float64)
+    sigma = (t / 1000)[:, None]
+    x, flow, target = (normal(4, 6, seed=i) for i in range(3))
+    of_flow = FlowSchedule(shift).reverse_step(t, step, dtype=torch.float64)
+    of_x_0 = FlowSchedule(shift, prediction_type="sample").reverse_step(t, step, dtype=torch.float64)
+    # What trainers call preconditioning: x_0 = x_t - sigma o.
+    torch.testing.assert_close(
+        of_x_0.latents(x, x - sigma * flow, None), of_flow.latents(x, flow, None), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        of_x_0.displacement(x - sigma * flow, x - sigma * target),
+        of_flow.displacement(flow, target),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_a_flow_that_predicts_x_0_ends_at_it() -> None:
+    back = FlowSchedule(prediction_type="sample").reverse_step(torch.tensor([0.0, 500.0]), "clean", dtype=torch.float64)
+    x, o = normal(2, 3), normal(2, 3, seed=1)
+    assert torch.equal(back.latents(x, o, None), o)
+
+
+def test_uniform_steps_of_a_flow_draw_the_same_whatever_the_default_dtype() -> None:
+    t, draws = torch.full((64,), 900.0), []
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            generator = torch.Generator().manual_seed(0)
+            draws.append(FlowSchedule(3.0).reverse_step(t, "uniform", generator=generator).timesteps)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert len(draws[0].unique()) == 64
+    assert all(torch.equal(drawn, draws[0]) for drawn in draws)
+
+
+def test_sigmas_given_for_a_flows_timesteps_are_told_and_small_timesteps_are_not() -> None:
+    for sigmas in (torch.tensor([0.25, 1.0]), torch.tensor([0.999])):
+        with pytest.raises(ValueError, match=r"^timesteps must be sigma \* 1000, in \[0, 1000\]; .* sigma itself"):
+            FlowSchedule().reverse_step(sigmas)
+    schedule = FlowSchedule()
+    for usual in (torch.tensor([0.25, 3.0]), torch.tensor([0.25]), torch.tensor([0.0, 1.0])):
+        schedule.reverse_step(usual)
+    for edge in (torch.tensor([0.0]), torch.tensor([1.0])):
+        FlowSchedule().reverse_step(edge)
+    FlowSchedule(steps=1).reverse_step(torch.tensor([0.25]))
+
+
+# Latents that are not the model's input.
+
+EULER_LIKE = ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete"]
+
+
+@pytest.mark.parametrize("name", EULER_LIKE)
+def test_the_add_noise_of_euler_like_schedulers_is_told_until_it_is_scaled(name: str) -> None:
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**SD)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    t = scheduler.timesteps[:1]
+    x = scheduler.add_noise(2 * normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=1), t)
+    with pytest.raises(ValueError, match=r"^noisy_latents must be as the model gets them.*scale_model_input"):
+        check_noisy(schedule, x, t)
+    check_noisy(schedule, scheduler.scale_model_input(x, t[0]), t)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule(BETAS), FlowSchedule()], ids=["noise", "flow"])
+@given(scale=st.floats(0.0, 6.0), t=st.integers(0, 999), seed=st.integers(0, 99))
+def test_latents_as_the_model_gets_them_are_never_told(schedule: Any, scale: float, t: int, seed: int) -> None:
+    at = torch.tensor([t])
+    x_0, noise = scale * normal(1, 4, 4, 4, seed=seed), normal(1, 4, 4, 4, seed=seed + 1)
+    check_noisy(schedule, schedule.alpha(at) * x_0 + schedule.sigma(at) * noise, at)
+
+
+# One sample that owns its batch.
+
+
+def test_a_schedule_on_which_one_sample_owns_its_batch_says_so_with_the_number() -> None:
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    with pytest.warns(UserWarning, match=r"timestep 999 the reverse step's B is 7111 times the median\.") as told:
+        NoiseSchedule.from_scheduler(scheduler)
+    assert [warning.filename for warning in told] == [__file__]
+    with pytest.warns(UserWarning, match=r"timestep 1 the reverse step's B is \d+ times the median"):
+        FlowSchedule(prediction_type="sample")
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2"])
+def test_usual_schedules_say_nothing(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in ("epsilon", "v_prediction")[name == "squaredcos_cap_v2" :]:
+            NoiseSchedule.from_scheduler(diffusers.DDPMScheduler(beta_schedule=name, prediction_type=kind))
+        for shift in (0.5, 1.0, 3.0, 7.0):
+            FlowSchedule(shift)
+
+
+# Wrong things, given directly.
+
+INF, NAN, ONE = float("inf"), float("nan"), torch.tensor([1])
+NOISE, FLOW = NoiseSchedule(BETAS), FlowSchedule()
+NOT_NUMBERS = [True, "1", None, [1.0], torch.ones(2), torch.ones((), device="meta"), Decimal(1), 1j, object()]
+NOT_FINITE = [INF, -INF, NAN, 10**400, torch.tensor(INF)]
+WRONG_TIMES = [torch.tensor([True]), torch.ones(1) * 1j, torch.ones(1).to(torch.float8_e4m3fn)]
+WRONG_TIMES += [torch.ones(1, dtype=torch.uint16), torch.ones(1).to_sparse(), "x", None, torch.tensor([NAN])]
+WRONG_TIMES += [torch.tensor([INF]), torch.tensor([-2]), torch.tensor([1001])]
+METHODS = ["alpha", "sigma", "reverse_step", "next_timesteps"]
+BAD: list[tuple[str, Callable[[], Any]]] = [
+    *[("shift", lambda x=x: FlowSchedule(x)) for x in (*NOT_NUMBERS, *NOT_FINITE, 0, 0.0, -1)],
+    *[("steps", lambda x=x: FlowSchedule(steps=x)) for x in (*NOT_NUMBERS, *NOT_FINITE, 0.5, 1.5, 0, -3)],
+    *[
+        ("prediction_type", lambda x=x, kind=kind: kind(x))
+        for x in ("noise", None, 1, ["epsilon"], torch.ones(2), True)
+        for kind in (lambda x: NoiseSchedule(BETAS, x), lambda x: FlowSchedule(prediction_type=x))
+    ],
+    *[
+        ("step", lambda x=x, s=s, at=at: getattr(s, at)(torch.tensor([500]), x))
+        for x in (0, -1, 1.5, torch.tensor(1), True, "all", None, NAN, [1])
+        for s in (NOISE, FLOW)
+        for at in ("reverse_step", "next_timesteps")
+    ],
+    *[
+        ("timesteps", lambda x=x, s=s, at=at: getattr(s, at)(x, *[1][: at == "next_timesteps"]))
+        for x in WRONG_TIMES
+        for s in (NOISE, FLOW)
+        for at in METHODS
+    ],
+    *[("timesteps", lambda x=x: expand_timesteps(x, torch.ones(1, 4, 4, 4))) for x in WRONG_TIMES[:7]],
+    ("timesteps", lambda: NOISE.alpha(0.5)),
+    ("timesteps", lambda: NOISE.alpha(1000)),
+    ("timesteps", lambda: NOISE.reverse_step(torch.tensor([1, 2, 3]), "uniform", pairs=True)),
+    ("timesteps", lambda: NOISE.reverse_step(torch.tensor(1), "uniform", pairs=True)),
+    *[("dtype", lambda x=x: NOISE.reverse_step(ONE, dtype=x)) for x in (torch.int64, torch.bool, None, "float32")],
+    *[
+        ("generator", lambda x=x, s=s, at=at: getattr(s, at)(torch.tensor([5]), "uniform", generator=x))
+        for x in (5, "cpu", torch)
+        for s in (NOISE, FLOW)
+        for at in ("reverse_step", "next_timesteps")
+    ],
+    *[
+        ("betas", lambda x=x: NoiseSchedule(x, "v_prediction"))
+        for x in ("abc", None, [1e-20], [0.1, 1e-17], [INF], [[0.1], [0.1, 0.2]], torch.ones(3, device="meta"), 5, {})
+    ],
+    ("betas", lambda: NoiseSchedule(torch.full((3,), 0.1).to_sparse())),
+    ("betas", lambda: NoiseSchedule(torch.full((3,), 0.1 + 0.1j))),
+]
+
+
+@pytest.mark.parametrize(("argument", "call"), BAD, ids=[f"{i} {name}" for i, (name, _) in enumerate(BAD)])
+def test_a_bad_argument_of_a_schedule_is_named(argument: str, call: Callable[[], Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ValueError, TypeError), match=f"^{argument} must be .*; it was "):
+            call()
+
+
+@pytest.mark.parametrize(
+    "product", [torch.full((1000,), NAN), torch.full((1000,), INF), torch.ones(999), torch.ones(())]
+)
+def test_a_schedulers_product_of_alphas_that_is_none_is_refused_by_name(product: torch.Tensor) -> None:
+    scheduler = diffusers.DDPMScheduler(**SD)
+    scheduler.alphas_cumprod = product
+    with pytest.raises(ValueError, match=r"^schedule must be a scheduler with 1000 finite `alphas_cumprod`"):
+        NoiseSchedule.from_scheduler(scheduler)
+
+
+def test_timesteps_may_be_numbers_and_lists_where_values_are_asked_for() -> None:
+    t = torch.tensor([0, 500, 999])
+    assert torch.equal(NOISE.sigma(500), NOISE.sigma(t)[1])
+    assert torch.equal(NOISE.alpha([0, 500, 999]), NOISE.alpha(t))
+    assert NOISE.alpha(-1) == 1
+    assert NOISE.sigma(-1) == 0
+    assert FLOW.sigma(500) == FLOW.alpha(500.0) == 0.5
+    with torch.device("meta"):
+        assert NOISE.sigma(500).device.type == FLOW.sigma(500).device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16])
+def test_small_dtypes_of_timesteps_do_not_wrap_around(dtype: torch.dtype) -> None:
+    t = torch.tensor([0, 1, 100])
+    for step in (1, 7, "clean"):
+        assert torch.equal(NOISE.next_timesteps(t.to(dtype), step).long(), NOISE.next_timesteps(t, step))
+        assert torch.equal(NOISE.reverse_step(t.to(dtype), step).B, NOISE.reverse_step(t, step).B)
+
+
+# The checks that every file uses.
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, 0, -1.0], ids=repr)
+def test_what_is_no_finite_number_that_fits_is_refused_by_name(value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"^beta must be a positive number; it was \S"):
+        check_number("beta", value)
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int64(2), Fraction(2), torch.tensor(2), torch.tensor(2.0)])
+def test_a_finite_number_of_any_make_is_taken_for_what_it_is(value: Any) -> None:
+    assert type(check_number("beta", value)) is float
+    assert check_number("beta", value) == 2.0
+    with pytest.raises(ValueError, match=r"^x must be less than one; it was "):
+        check_number("x", value, "less than one", lambda x: x < 1)
+
+
+def test_a_number_is_checked_under_a_compiler_too() -> None:
+    def doubled(x: torch.Tensor, beta: float) -> torch.Tensor:
+        return x * check_number("beta", beta)
+
+    whole = torch.compile(doubled, fullgraph=True, backend="eager")
+    for beta in (2.0, 3.0, 4):
+        assert torch.equal(whole(torch.ones(2), beta), torch.full((2,), float(beta)))
+    torch.compiler.reset()
+
+
+def test_what_both_members_of_a_pair_share_may_be_nan_in_both_but_not_in_one() -> None:
+    shared = torch.tensor([NAN, 1.0, INF, NAN, 1.0, INF])
+    check_pairs({"target": shared, "timesteps": torch.tensor([5, 6, 5, 6]), "nothing": None})
+    for other in (torch.tensor([NAN, 1.0, 0.0, 1.0]), torch.tensor([INF, 1.0, NAN, 1.0]), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match=r"^target must be the same for both members of a pair"):
+            check_pairs({"target": other})
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8), (2, 4, 8, 8, 8), (2, 4), (2,)])
+def test_latents_of_another_rank_are_refused_though_channels_agree(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape("noisy_latents must be shaped (B, 4, H, W)")):
+        check_latents("noisy_latents", torch.ones(shape), 4, False)
+
+
+STRANGE = {
+    "sparse": torch.ones(2, 4, 4, 4).to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.ones(4, 4, 4)] * 2, layout=torch.jagged),
+    "nested, strided": torch.nested.nested_tensor([torch.ones(4, 4, 4)] * 2),
+    "float8": torch.ones(2, 4, 4, 4).to(torch.float8_e5m2),
+    "quantized": torch.quantize_per_tensor(torch.ones(2, 4, 4, 4), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("value", STRANGE.values(), ids=STRANGE)
+def test_tensors_that_are_not_dense_or_have_too_few_bits_are_refused_by_name(value: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match=r"^noisy_latents must be a (dense|floating-point) tensor"):
+        check_latents("noisy_latents", value, 4, False)
+
+
+def test_a_generator_is_one_or_none() -> None:
+    check_generator("generator", None), check_generator("generator", torch.Generator())
+    with pytest.raises(TypeError, match=r"^generator must be a torch.Generator or None; it was 5$"):
+        check_generator("generator", 5)

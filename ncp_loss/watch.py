@@ -1,0 +1,313 @@
+"""watch: which layer is the base model's, and when the weights that a view shares are no longer its."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
+
+from .checks import bad
+
+_WRAPPED = ("base_layer", "original_module", "_orig_mod")  # a tuner's, a saved module's, a compiled module's own layer
+_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # PEFT's initialisations by name that write to adapters only
+_MOVERS = ("layerwise_casting", "group_offloading", "lazy_prefetch_group_offloading")  # diffusers' hooks on weights
+
+
+class Link(NamedTuple):
+    """Where the user's model holds a layer whose twin the view has; the layer, those that it wraps, its override."""
+
+    path: str
+    modules: Mapping[str, nn.Module | None]
+    key: str
+    twin: nn.Module
+    layers: tuple[nn.Module, ...]
+    forward: Any = None  # what LyCORIS and kohya's LoRA put on the innermost layer's instance
+
+
+@dataclass
+class _Weight:
+    """A tensor of the user's model that the view computes with: where it lives, and how it was found."""
+
+    path: str
+    home: Mapping[str, Tensor | None]
+    key: str
+    tensor: Tensor
+    kind: Any = None  # device and dtype
+    state: Any = None  # version and address when last looked at; None before the first call, and in a copy
+    sums: Tensor | None = None  # of its rows, at the first call
+    coarsest: float = 0.0  # rounding of the coarsest dtype it has been in
+    rewritten: bool = False  # by what writes the same values again and again; its version tells nothing
+
+    def forget(self) -> None:
+        """Have its values looked at again, where it has any that can be."""
+        self.state = self.state if self.sums is None else None
+
+
+class Watch:
+    """Tells when the weights that a view shares are no longer the base model's.
+
+    A call compares what lies on the host: which tensors and layers are there, each tensor's version and address.
+    Where these differ, values decide, since the same weights loaded again, moved to another device or restored after
+    a merge are no change: the sums of each tensor's rows, kept since the first call. Not since construction: DDP, when
+    it wraps a model, writes the first process's weights into those of the others.
+    """
+
+    def __init__(
+        self, used: Mapping[str, nn.Module], shared: Mapping[str, nn.Module], links: list[Link], name: str = "unet"
+    ) -> None:
+        twins = {id(module) for module in used.values()}
+        self.name, self.stirred = name, False
+        self._links = [link for link in links if id(link.twin) in twins]
+        self._parents = {id(link.modules) for link in self._links}
+        self._merges: list[tuple[str, list[Any]]] = []
+        self._of_module = {id(module): list(_weights(path, module)) for path, module in shared.items()}
+        for link in self._links:
+            self._expect(link, link.layers)
+        self._listen()
+
+    def __call__(self, *_: Any) -> None:
+        """As a forward pre-hook of the view. What a compiler makes of it is nothing."""
+        if not torch.compiler.is_compiling():
+            self.check()
+
+    def check(self) -> None:
+        """Raises where a shared tensor became trainable or changed, or an adapter was merged into one."""
+        for path, merged in self._merges:
+            if merged:
+                raise _merged(path, self.name)
+        for i, link in enumerate(self._links):
+            layer = link.modules.get(link.key)
+            layers = () if layer is None else layers_inside(layer, link.path, self.name)
+            forward = vars(layers[-1]).get("forward") if layers else None
+            if layers != link.layers or forward != link.forward:
+                self._expect(link, layers)
+                self._links[i] = link._replace(layers=layers, forward=forward)
+        if self.stirred:  # a layer was put in the place of another, perhaps by an adapter that came, merged, and went
+            for weight in self._weights():
+                weight.forget()
+        looked = [weight for weight in self._weights() if self._differs(weight)]
+        for weight in looked:
+            self._look(weight)
+        if looked:
+            self._check_layers()
+        self.stirred = False
+
+    def note(self, parent: nn.Module) -> None:
+        """A layer of ``parent`` has been replaced."""
+        self.stirred |= id(parent._modules) in self._parents
+
+    def _weights(self) -> Iterator[_Weight]:
+        return (weight for weights in self._of_module.values() for weight in weights)
+
+    def _differs(self, weight: _Weight) -> bool:
+        now = weight.home.get(weight.key)
+        if now is None or now.requires_grad:
+            raise self._moved(weight, "was removed" if now is None else "became trainable")
+        return now is not weight.tensor or _state(now, weight.rewritten) != weight.state
+
+    def _expect(self, link: Link, layers: tuple[nn.Module, ...]) -> None:
+        """Other layers stand before the weights than before: look at these, and mind what rewrites them."""
+        weights = self._of_module.get(id(link.twin), [])
+        lost = set(link.layers[:-1]) - set(layers)
+        for weight in weights:
+            if lost and weight.sums is None:
+                raise self._moved(weight, "lost its adapter, which may have been merged into it")
+            weight.forget()
+            # PEFT's target_parameters parametrizes the weight while the model runs, which writes to it each time.
+            weight.rewritten = any(vars(layer).get("parameter_name") == weight.key for layer in layers[:-1])
+
+    def _look(self, weight: _Weight) -> None:
+        """At the values of one that is not as it was, and remember it as it is."""
+        now = weight.home[weight.key]
+        assert now is not None
+        if is_sharded(now):
+            raise self._moved(weight, "was sharded over processes")
+        first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
+        weight.coarsest = max(weight.coarsest, torch.finfo(now.dtype).eps / 2 if now.is_floating_point() else 0, 1e-6)
+        if not first and not _same(weight, now):
+            hint = "" if is_parameter else " (where the model's own forward does that, hand over copy.deepcopy(model))"
+            raise self._moved(weight, "was changed" + hint)
+        if not first and now is weight.tensor and not is_parameter:
+            weight.rewritten = True  # DDP writes the first process's buffers into the others' at every step
+        weight.sums = _row_sums(now) if weight.sums is None else weight.sums
+        weight.tensor, weight.kind, weight.state = now, (now.device, now.dtype), _state(now, weight.rewritten)
+
+    def _check_layers(self) -> None:
+        """What construction looks at, after it."""
+        for link in self._links:
+            if link.layers:
+                check_base(link.layers[-1], link.path, self.name)
+        first: _Weight | None = None
+        for weight in self._weights():
+            if isinstance(weight.tensor, nn.Parameter):
+                first = first or weight
+                if weight.tensor.device != first.tensor.device:
+                    a, b = (f"{w.path} on {w.tensor.device}" for w in (first, weight))
+                    raise bad(self.name, "on one device, not offloaded in part", f"{a}, {b}")
+
+    def _moved(self, weight: _Weight, what: str) -> RuntimeError:
+        of_loss = self.name == "unet"
+        sharing, again = ("the loss", "Build the loss") if of_loss else ("the view", "Call frozen_view")
+        return RuntimeError(
+            f"{self.name}'s base weights must stay as they were at the first call of {sharing}, which shares them: "
+            f"{weight.path} {what}. {again} again; where weights are trainable or sharded by then, it keeps a copy of "
+            "the part it needs"
+        )
+
+    def _listen(self) -> None:
+        _hear_of_replaced_layers()
+        _WATCHES.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches the weights it holds; of adapters it has the lists of what is merged, not the layers."""
+        layers = [(link.path, layer) for link in self._links for layer in link.layers]
+        merges = [
+            (path, merged) for path, layer in layers if (merged := vars(layer).get("merged_adapters")) is not None
+        ]
+        return vars(self) | {"_links": [], "_parents": set(), "_merges": self._merges + merges}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for weight in self._weights():
+            weight.state = None
+        self._listen()
+
+
+_WATCHES: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+@functools.cache
+def _hear_of_replaced_layers() -> None:
+    """An adapter that is added, merged and unloaded between two calls leaves every layer as it was, but not weights.
+
+    PEFT writes to them through ``.data``, which leaves no trace; that a layer stood in another's place does, here.
+    """
+
+    def note(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        for watch in tuple(_WATCHES):
+            watch.note(parent)
+
+    register_module_module_registration_hook(note)
+
+
+def layers_inside(module: nn.Module, path: str, name: str) -> tuple[nn.Module, ...]:
+    """A layer and, inside PEFT's tuner layers, each that these wrap; the last is the base model's.
+
+    Raises:
+        ValueError: one has been merged into, or the adapter's initialisation has rewritten the base weights.
+    """
+    layers = [module]
+    while True:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise _not_the_base(f"{path!r} is a ScriptModule, whose code cannot be seen through", name)
+        own = vars(module)
+        if ("merged" in own or hasattr(type(module), "merged")) and getattr(module, "merged") is True:  # noqa: B009
+            raise _merged(path, name)
+        if "peft_config" in own:
+            _check_initialisation(own["peft_config"], name)
+        inner = next((module._modules[key] for key in _WRAPPED if key in module._modules), None)
+        if inner is None:
+            return tuple(layers)
+        module = inner
+        layers.append(module)
+
+
+def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
+    """LoRA that begins at a part of the base weights (PiSSA, OLoRA, ...) takes this part from them."""
+    for adapter, config in configs.items():
+        by = getattr(config, "init_lora_weights", None)
+        by = "KaSA" if getattr(config, "kasa_config", None) else by
+        if isinstance(by, str) and by.lower() not in _KEEP_THE_BASE:
+            hint = "initialise with True or 'gaussian', or hand over a copy.deepcopy of the model without it"
+            raise _not_the_base(f"adapter {adapter!r}, initialised by {by!r}, has rewritten weights: {hint}", name)
+
+
+def check_base(module: nn.Module, path: str, name: str) -> None:
+    """A layer is the base model's without what is left out of a view, or cannot be seen through."""
+    own, weight, wrong = vars(module), module._parameters.get("weight"), ""
+    if "forward" in own:  # an override, and left out
+        if weight is None and isinstance(module, nn.Linear | _ConvNd) and not is_parametrized(module):
+            wrong = "has no weight of its own beside its overridden `forward`"
+        elif weight is not None and weight.is_floating_point() and weight.itemsize == 1:
+            wrong = f"has a weight in {weight.dtype}, for which its `forward` is overridden"
+    for chain in module.parametrizations.values() if is_parametrized(module) else ():  # type: ignore[operator]
+        originals, trainable = set(chain.parameters(recurse=False)), {p for p in chain.parameters() if p.requires_grad}
+        if trainable and not trainable & originals:
+            wrong = "is parametrized by an adapter"
+    for key in [key for key, value in own.items() if isinstance(value, Tensor)]:
+        if key in ("weight", "bias") or any(source.startswith(f"{key}_") for source in module._parameters):
+            wrong = f"has a {key} made by a hook (old weight_norm, spectral_norm, prune), and hooks are left out"
+    if any(isinstance(p, Tensor) and p.numel() == 0 for p in module._parameters.values()):
+        wrong = "has an empty weight, which lives elsewhere until the model itself runs"
+    hooks = (own.get("_hf_hook"), *getattr(own.get("_hf_hook"), "hooks", ()))
+    if any(getattr(hook, "offload", False) is True for hook in hooks):
+        wrong = "is offloaded by accelerate"
+    if moved := [mover for mover in _MOVERS if mover in getattr(own.get("_diffusers_hook"), "hooks", ())]:
+        wrong = f"has weights in the hands of diffusers' {moved[0]}"
+    if wrong:
+        raise _not_the_base(f"{path!r} {wrong}", name)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2's parameters are between two passes of its own."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _not_the_base(what: str, name: str) -> Exception:
+    must_be = "the base model once adapters, hooks and overridden `forward`s are left out"
+    hint = "PEFT's adapters can be, and weights quantised by torchao or bitsandbytes need no override"
+    return bad(name, must_be, f"not: {what} ({hint})")
+
+
+def _merged(path: str, name: str) -> ValueError:
+    return ValueError(
+        f"{name} must have no merged adapter: one is merged into {path!r}, so the base weights are not there; "
+        "unmerge it first (unmerge_adapter(), unfuse_lora())"
+    )
+
+
+def _weights(path: str, module: nn.Module) -> Iterator[_Weight]:
+    """Parameters, and the buffers that a state_dict holds; what is not in it is computed, as tables of positions."""
+    for home in (module._parameters, module._buffers):
+        for key, tensor in home.items():
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                yield _Weight(f"{path}.{key}".lstrip("."), home, key, tensor)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they are a plain tensor's: not packed by a quantiser, not fake, not on "meta"."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
+def _state(tensor: Tensor, rewritten: bool) -> tuple[int, int]:
+    """What changes when a tensor is written to, or given other storage, and is read for free."""
+    version = 0 if rewritten or tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr() if _has_values(tensor) else 0
+
+
+@torch.no_grad()
+def _row_sums(tensor: Tensor) -> Tensor | None:
+    """A thousandth of its size, on its device, in float32 at least; nothing is read. None without values."""
+    if not _has_values(tensor):
+        return None
+    wide = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=tensor.ndim < 2)
+    sums = wide.flatten(1).sum(1) if tensor.ndim > 1 else wide
+    return sums if _has_values(sums) else None
+
+
+@torch.no_grad()
+def _same(weight: _Weight, now: Tensor) -> bool:
+    """Whether the values are those of the first call, but for a rounding to the dtype; this one reads them."""
+    then, sums = weight.sums, _row_sums(now)
+    if then is None or sums is None:  # then the device and the dtype tell what is no more than a conversion
+        return bool(weight.kind != (now.device, now.dtype))
+    then = then.to(sums)
+    return then.shape == sums.shape and bool((sums - then).norm() <= weight.coarsest * then.norm())
