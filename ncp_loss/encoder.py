@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checks import bad, check_floating, check_rows
+from .checks import bad, check_floating, check_number, check_rows
 from .schedule import constant_to_compilers
 from .view import own_trainable, twin_of
 from .watch import Watch
@@ -95,8 +95,10 @@ class FrozenEncoder:
             raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
         names = [layers] if isinstance(layers, str) else list(layers)
         self.weights = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(names, 1.0)
-        if not self.weights or any(not weight > 0 for weight in self.weights.values()):
+        if not self.weights or not all(isinstance(layer, str) for layer in self.weights):
             raise bad("layer", "one module path or more, with positive weights", repr(layers))
+        for layer, weight in self.weights.items():
+            check_number(f"layer[{layer!r}]", weight, "a positive weight")
         ends = {layer: _resolve(self.view, layer) for layer in self.weights}
         if len(set(ends.values())) < len(names):
             raise bad("layer", "different modules", repr(layers))

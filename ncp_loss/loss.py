@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import bad, check_choice, check_count, check_latents, check_pairs, expand_timesteps
+from .checks import (
+    bad,
+    check_choice,
+    check_count,
+    check_generator,
+    check_latents,
+    check_pairs,
+    expand_timesteps,
+)
 from .difference import DIFFERENCES, choose, stencil
 from .encoder import FrozenEncoder, Layers, chunks_of, joined, linearized
 from .error import Errors, attach, feature_errors
 from .objectives import REDUCTIONS, reduce_batch
-from .schedule import NoiseSchedule, Step, per_sample
+from .schedule import NoiseSchedule, Step, check_noisy, check_step, per_sample
 
 
 class NoiseConditionedPerceptualLoss(nn.Module):
@@ -85,7 +93,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         super().__init__()
         if not isinstance(unet, nn.Module):
             raise bad("unet", "a torch.nn.Module", type(unet).__name__, TypeError)
-        check_count("step", step, "a positive int, 'uniform' or 'clean'", "uniform", "clean")
+        check_step(step)
         check_choice("difference", difference, DIFFERENCES)
         check_choice("weighting", weighting, (None, "noise"))
         check_choice("impl", impl, ("eager", "triton"))
@@ -145,7 +153,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Args:
             model_pred: what the model predicted, (B, C, H, W); gradients flow through it alone.
             target: what it should have, which the trainer's MSE takes: noise, velocity, sample or flow, (B, C, H, W).
-            noisy_latents: x_t, (B, C, H, W).
+            noisy_latents: x_t as the model gets them, (B, C, H, W): after ``scale_model_input`` where an Euler-like
+                scheduler's ``add_noise`` made them.
             timesteps: t, int64 or whole floats in [0, T), 0-dim or (B,); for a flow sigma * T, any float in [0, T].
             encoder_hidden_states: the text condition, (B, L, D).
             ref_pred: the reference model's prediction, (B, C, H, W).
@@ -166,6 +175,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
         timesteps = expand_timesteps(timesteps, noisy_latents)
+        check_noisy(self.schedule, noisy_latents, timesteps)
+        check_generator("generator", generator)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:
             noise = target if self.schedule.prediction_type == "epsilon" else None

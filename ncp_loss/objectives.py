@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from .checks import (
     check_errors,
     check_floating,
     check_like,
+    check_number,
     check_tensor,
     values_are_free,
 )
@@ -100,7 +100,7 @@ def dpo_loss(
     check_choice("loss_type", loss_type, LOSS_TYPES)
     beta = _check_beta(beta, chosen_error)
     _check_weight("sft_weight", sft_weight)
-    _check_number("label_smoothing", label_smoothing, "in [0, 0.5)", lambda s: 0 <= s < 0.5)
+    check_number("label_smoothing", label_smoothing, "in [0, 0.5)", lambda s: 0 <= s < 0.5)
     if label_smoothing and loss_type not in ("sigmoid", "robust"):
         raise bad("label_smoothing", f"0 for loss_type={loss_type!r}", repr(label_smoothing))
     margin = _margin(chosen_error, rejected_error, ref_chosen_error, ref_rejected_error)
@@ -217,7 +217,7 @@ def mapo_loss(
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error)
     beta = _check_beta(beta, chosen_error)
     for name, value in (("scale", scale), ("steps", steps)):
-        _check_number(name, value)
+        check_number(name, value)
     chosen, rejected = (e.to(_computed_in(e)) for e in (chosen_error, rejected_error))
     logits = steps * (_odds(scale * chosen) - _odds(scale * rejected))
     return reduce_batch(chosen - beta * logsigmoid(logits), reduction)
@@ -277,7 +277,7 @@ def kto_loss(
     if kl is None:
         kl = gain.mean()
     elif not isinstance(kl, Tensor):
-        kl = gain.new_zeros(()) + _check_number("kl", kl, "a number", lambda x: True)
+        kl = gain.new_zeros(()) + check_number("kl", kl, "a number", lambda x: True)
     elif kl.ndim:
         raise bad("kl", "a number or a 0-dim tensor", f"shaped {tuple(kl.shape)}")
     advantage = beta * (gain - kl.detach().clamp(min=0))
@@ -360,7 +360,7 @@ def by_timestep(
         raise bad("values", "one for each sample or pair, shape (B,)", f"shaped {tuple(values.shape)}")
     _check_shaped("timesteps", check_tensor("timesteps", timesteps), "values", values)
     must_be = "two numbers or more, in rising order"
-    rising = [_check_number("edges", edge, must_be, lambda x: True) for edge in edges]
+    rising = [check_number("edges", edge, must_be, lambda x: True) for edge in edges]
     if len(rising) < 2 or any(low >= high for low, high in pairwise(rising)):
         raise bad("edges", must_be, repr(edges))
     found = {}
@@ -387,7 +387,7 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
     """A positive number, or a tensor with one for each error, whose values are looked at on the host alone."""
     must_be = "a positive number, or a tensor with one for each pair, (B,)"
     if not isinstance(beta, Tensor):
-        return _check_number("beta", beta, must_be)
+        return check_number("beta", beta, must_be)
     check_like("beta", beta, "the errors", errors)
     if values_are_free(beta) and not (beta.isfinite() & (beta > 0)).all():
         raise bad("beta", must_be, beta.tolist())
@@ -395,18 +395,7 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
 
 
 def _check_weight(name: str, value: object) -> float:
-    return _check_number(name, value, "a number, not negative", lambda x: x >= 0)
-
-
-def _check_number(
-    name: str, value: object, must_be: str = "a positive number", fits: Callable[[float], bool] = lambda x: x > 0
-) -> float:
-    """A finite real number that fits, of Python or NumPy; True is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise bad(name, must_be, repr(value) if isinstance(value, str | None) else type(value).__name__, TypeError)
-    if not (math.isfinite(value) and fits(float(value))):
-        raise bad(name, must_be, repr(value))
-    return float(value)
+    return check_number(name, value, "a number, not negative", lambda x: x >= 0)
 
 
 def _check_shaped(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:

@@ -314,10 +314,10 @@ ROWS += [
     *[
         built(
             f"weight {weight}",
-            "layer must be one module path or more, with positive weights",
+            "layer['mid_block'] must be a positive weight; it was",
             layer={"mid_block": weight},
         )
-        for weight in (0, -1.0, NAN)
+        for weight in (0, -1.0, NAN, float("inf"))
     ],
     built("no weights", "layer must be one module path or more", layer={}),
     built("no layer", "layer must be", TypeError, layer=None),
