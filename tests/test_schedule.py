@@ -507,7 +507,9 @@ def test_small_dtypes_of_timesteps_do_not_wrap_around(dtype: torch.dtype) -> Non
 # The checks that every file uses.
 
 
-@pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, 0, -1.0], ids=repr)
+@pytest.mark.parametrize(
+    "value", [*NOT_NUMBERS, *NOT_FINITE, 0, -1.0], ids=lambda value: repr(value).partition(" at 0x")[0]
+)
 def test_what_is_no_finite_number_that_fits_is_refused_by_name(value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"^beta must be a positive number; it was \S"):
         check_number("beta", value)
