@@ -175,7 +175,6 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
         timesteps = expand_timesteps(timesteps, noisy_latents)
-        check_noisy(self.schedule, noisy_latents, timesteps)
         check_generator("generator", generator)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:
@@ -186,6 +185,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
+        check_noisy(self.schedule, noisy_latents, timesteps)
         z, groups = None if variance_noise is None else variance_noise.detach(), 2 if pairs else 1
         if z is None and generator is not None and isinstance(self.step, int):
             shape = (len(x) // groups, *x.shape[1:])
