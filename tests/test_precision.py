@@ -287,3 +287,26 @@ def test_latents_and_coefficients_stay_in_float32_up_to_the_encoders_door():
     two = error_and_gradient(half, arguments, "auto")[0]
     torch.testing.assert_close((two / one).median(), torch.tensor(4.0, dtype=torch.float64), rtol=0.02, atol=0)
     assert NoiseSchedule.from_scheduler(None).reverse_step(torch.tensor([5])).B.dtype == torch.float32
+
+
+class Mixed(nn.Module):
+    """A half-precision trunk whose first weights are float32, as where an embedding is kept so."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.trunk = trunk
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        dtype = self.trunk.dtype
+        return self.trunk((x * self.gain).to(dtype), timestep, encoder_hidden_states.to(dtype)).sample
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_auto_goes_by_what_features_are_computed_in_where_the_first_weight_would_mislead(name):
+    half, exact = rounded(sd15(), DTYPES[name])
+    arguments = arguments_for(half, 500, 0.05, 0)
+    truth = error_and_gradient(exact, in_float64(arguments), "literal")
+    ratio, cosine = ratio_and_cosine(error_and_gradient(Mixed(half), arguments, "auto", "trunk.down_blocks.3"), truth)
+    assert abs(ratio - 1) < 0.06
+    assert cosine > (0.985 if name == "bf16" else 0.995)
