@@ -61,7 +61,8 @@ def alignment_rows() -> list[str]:
         seeds = " | ".join(f"{value:.3f}" for key, value in row.items() if key.startswith("seed "))
         reward = f"{row['reward']:.3f} ± {row['reward sd']:.3f}"
         win_rate = f"{row['win rate']:.3f} ± {row['win rate sd']:.3f}"
-        rows.append(f"| {row['arm']} | {seeds} | {reward} | {win_rate} |")
+        margins = f"{row['same sign']:.0%} | {share(row['margin error'])}"
+        rows.append(f"| {row['arm']} | {seeds} | {reward} | {win_rate} | {margins} |")
     return rows
 
 
