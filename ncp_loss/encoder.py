@@ -145,6 +145,7 @@ class FrozenEncoder:
         self._watch = Watch(used, shared, links)
         self._pass = _Pass(len(ends))
         self._seen: torch.dtype | None = None
+        self._reached = False
         for layer, module in taps.items():
             module.register_forward_hook(_Tap(layer, self._pass, module), with_kwargs=True)
         for name, module in modules:
@@ -189,6 +190,13 @@ class FrozenEncoder:
         if not torch.compiler.is_compiling():
             self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
         return features
+
+    def check_reached(self, encode: Callable[[Tensor], Features], latents: Tensor) -> None:
+        """Once, for a loss that is evaluated without gradients: a pass with a graph, of which nothing is held."""
+        if not (self._reached or torch.compiler.is_compiling()):
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+                linearized(encode, latents)
+            self._reached = True
 
     @property
     def dtype(self) -> torch.dtype:

@@ -224,7 +224,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
         at_point = trains and points.graph is points.latents[0]
         features = [encode(x) for x in (points.latents[1:] if at_point else points.latents)]
-        if trains:
+        if not trains:
+            self._encoder.check_reached(encode, base)
+        else:
             graph, pull_back = linearized(encode, points.graph)
             features = [graph, *features] if at_point else features
         if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell

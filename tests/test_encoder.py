@@ -443,3 +443,139 @@ def test_a_decoder_that_works_by_slices_or_tiles_is_seen_whole(by):
     getattr(vae, by)()
     assert torch.equal(features(), whole)
     assert vae.use_slicing or vae.use_tiling
+
+
+# Layers and derivatives that say nothing.
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("beside", [[], ["mid_block"]])
+@pytest.mark.parametrize("layer", ["time_embedding", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"])
+def test_a_layer_that_latents_do_not_reach_is_refused_with_and_without_gradients(layer, beside, trains):
+    unet = sd15()
+    ncp = NoiseConditionedPerceptualLoss(unet, [layer, *beside])
+    with torch.set_grad_enabled(trains), pytest.raises(ValueError, match=f"^layer must be .*latents; it was '{layer}'"):
+        ncp.errors(**batch(unet))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_loss_without_gradients_looks_once_at_what_latents_reach_and_holds_nothing(chunk_size):
+    unet = sd15()
+    arguments = batch(unet)
+    ncp, expected = (NoiseConditionedPerceptualLoss(unet, chunk_size=chunk_size) for _ in range(2))
+    expected, calls = expected.errors(**arguments).error.detach(), calls_of(ncp)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(ncp.errors(**arguments).error, expected)
+    assert [graph for _, graph in calls].count(True) == 1
+    with torch.inference_mode():
+        found = NoiseConditionedPerceptualLoss(unet).errors(**arguments).error
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_forward_mode_derivatives_are_refused():
+    unet = sd15()
+    arguments = batch(unet)
+    x = arguments.pop("model_pred").detach()
+    ncp = NoiseConditionedPerceptualLoss(unet)
+    with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
+        torch.func.jvp(lambda x: ncp.errors(x, **arguments).error, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="model_pred must carry no tangent"):
+        ncp.errors(torch.autograd.forward_ad.make_dual(x, x), **arguments)
+
+
+# Models with a call of their own.
+
+
+class OnesOwn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 3)
+
+    def forward(self, x, t, context=None):
+        return self.layer(x) * t.reshape(-1, 1, 1, 1)
+
+
+class OfOtherText(OnesOwn):
+    def forward(self, x, timestep, context):
+        return super().forward(x, timestep)
+
+
+@pytest.mark.parametrize("make", [OnesOwn, OfOtherText])
+def test_a_model_that_is_called_in_a_way_of_its_own_is_told_of_call(make):
+    model = make().double().requires_grad_(False)
+    x, text, t = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 3, 4).double(), torch.tensor([3, 5])
+    with pytest.raises(
+        TypeError, match=r"^call must be given.*own-models.*; it was None, and O\w+.forward, called with"
+    ):
+        NoiseConditionedPerceptualLoss(model, "layer").errors(x, x, x, t, text)
+    ncp = NoiseConditionedPerceptualLoss(model, "layer", call=lambda m, x, t, encoder_hidden_states: m(x, t, text))
+    assert torch.equal(ncp.features(x, t, text)["layer"], model.layer(x))
+
+
+def test_checkpointing_is_refused_where_the_model_has_none():
+    with pytest.raises(
+        ValueError, match="^checkpoint must be False: OnesOwn has no gradient checkpointing; it was True"
+    ):
+        NoiseConditionedPerceptualLoss(OnesOwn(), "layer", checkpoint=True)
+
+
+def test_two_layers_of_a_block_count_by_their_weights():
+    unet = sd15()
+    layers = {"down_blocks.1.resnets.0": 2.0, "down_blocks.1.attentions.0": 0.5}
+    both, *each = (
+        NoiseConditionedPerceptualLoss(unet, layer).errors(**batch(unet)).error for layer in (layers, *layers)
+    )
+    torch.testing.assert_close(both, 2.0 * each[0] + 0.5 * each[1], rtol=1e-12, atol=0)
+    assert not torch.allclose(each[0], each[1])
+
+
+def test_a_default_device_of_meta_changes_nothing():
+    unet = sd15()
+    arguments = batch(unet)
+    expected = NoiseConditionedPerceptualLoss(unet).errors(**arguments)
+    with torch.device("meta"):
+        found = NoiseConditionedPerceptualLoss(unet).errors(**arguments)
+    assert torch.equal(found.error, expected.error)
+    assert torch.equal(found.ref_error, expected.ref_error)
+
+
+# U-Nets that need no text.
+
+
+def kandinsky_decoder():
+    """Kandinsky 2.2's: the image's embedding stands in the text's place."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), cross_attention_dim=12,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), addition_embed_type="image",
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", encoder_hid_dim=6, encoder_hid_dim_type="image_proj",
+        resnet_time_scale_shift="scale_shift",
+    )  # fmt: skip
+    return unet, {"added_cond_kwargs": {"image_embeds": torch.randn(2, 6).double()}}
+
+
+def audioldm():
+    """AudioLDM's: a class embedding, and cross-attention to itself."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=(8, 16), class_embed_type="simple_projection", class_embeddings_concat=True,
+        projection_class_embeddings_input_dim=6,
+    )  # fmt: skip
+    return unet, {"class_labels": torch.randn(2, 6).double()}
+
+
+@pytest.mark.parametrize("make", [kandinsky_decoder, audioldm])
+def test_a_unet_that_needs_no_text_is_given_none(make):
+    unet, conditioning = make()
+    unet = unet.double().requires_grad_(False)
+    x, t, kept = torch.randn(2, 4, 8, 8).double(), torch.tensor([30, 700]), []
+    handle = unet.down_blocks[1].register_forward_hook(lambda _, args, out: kept.append(out[0]))
+    unet(x, t, None, **conditioning)
+    handle.remove()
+    assert torch.equal(NoiseConditionedPerceptualLoss(unet).features(x, t, **conditioning)["down_blocks"], kept[0])
+    with pytest.raises(ValueError, match="encoder_hidden_states must be given: the model attends to text"):
+        NoiseConditionedPerceptualLoss(sd15()).features(x, t)
