@@ -115,6 +115,9 @@ class FrozenEncoder:
     :class:`NoiseConditionedPerceptualLoss`, where ``model`` is called ``unet`` and ``layers`` is called ``layer``.
     """
 
+    _seen: torch.dtype | None = None  # that of the features given last
+    _reached = False  # whether a pass without gradients has shown that features depend on the latents
+
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
     ) -> None:
@@ -144,8 +147,6 @@ class FrozenEncoder:
         self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
         self._watch = Watch(used, shared, links)
         self._pass = _Pass(len(ends))
-        self._seen: torch.dtype | None = None
-        self._reached = False
         for layer, module in taps.items():
             module.register_forward_hook(_Tap(layer, self._pass, module), with_kwargs=True)
         for name, module in modules:
@@ -154,11 +155,7 @@ class FrozenEncoder:
             if not name or any(f"{end}.".startswith(f"{name}.") for end in ends.values()):
                 vars(module).update({key: value for key, value in _WHOLE.items() if key in vars(module)})
         if checkpoint:
-            blocks = [module for _, module in modules if hasattr(module, "gradient_checkpointing")]
-            if not blocks:
-                raise bad("checkpoint", f"False: {type(self.view).__name__} has no gradient checkpointing", "True")
-            for block in blocks:
-                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recomputed)
+            _recompute_blocks(self.view)
         self._signature = inspect.signature(type(self.view).forward)
         self._takes_text = "encoder_hidden_states" in self._signature.parameters and call is None
         self._reads_text = any(getattr(module, "has_cross_attention", False) for _, module in modules)
@@ -194,7 +191,7 @@ class FrozenEncoder:
     def check_reached(self, encode: Callable[[Tensor], Features], latents: Tensor) -> None:
         """Once, for a loss that is evaluated without gradients: a pass with a graph, of which nothing is held."""
         if not (self._reached or torch.compiler.is_compiling()):
-            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents):
                 linearized(encode, latents)
             self._reached = True
 
@@ -274,6 +271,14 @@ class FrozenEncoder:
 @constant_to_compilers  # what a call outside of a trace saw is no reason to compile anew
 def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
     return encoder._seen
+
+
+def _recompute_blocks(view: nn.Module) -> None:
+    blocks = [module for module in view.modules() if hasattr(module, "gradient_checkpointing")]
+    if not blocks:
+        raise bad("checkpoint", f"False: {type(view).__name__} has no gradient checkpointing", "True")
+    for block in blocks:
+        vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recomputed)
 
 
 def _recomputed(block: Callable[..., Any], *args: Any) -> Any:

@@ -515,7 +515,7 @@ def test_a_model_that_is_called_in_a_way_of_its_own_is_told_of_call(make):
 
 def test_checkpointing_is_refused_where_the_model_has_none():
     with pytest.raises(
-        ValueError, match="^checkpoint must be False: OnesOwn has no gradient checkpointing; it was True"
+        ValueError, match=r"^checkpoint must be False: OnesOwn has no gradient checkpointing; it was True"
     ):
         NoiseConditionedPerceptualLoss(OnesOwn(), "layer", checkpoint=True)
 
