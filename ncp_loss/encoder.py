@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -23,13 +23,16 @@ Layers = str | Sequence[str] | Mapping[str, float]
 Features = dict[str, Tensor]
 PullBack = Callable[[Features], Tensor]
 
-# What runs one after another in a model's forward, whatever order it was registered in. Used only to tell which weights
-# lie past a layer and need no copy: a name that is missing here costs memory, never correctness.
+# What runs one after another in the forward of a diffusers model, whatever order it was registered in. It tells which
+# weights lie past a layer and need no copy. A name that is missing here costs memory, and _out_of_order refuses a model
+# with another order, so neither costs correctness.
 _ORDER = (
-    *("resnets", "attentions", "downsamplers", "upsamplers"),
     *("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"),
     *("transformer_blocks", "single_transformer_blocks", "norm_out", "proj_out"),
 )
+
+# Chunked feed-forward, slicing and tiling call the layers inside with a part of a sample at a time.
+_WHOLE = {"_chunk_size": None, "use_slicing": False, "use_tiling": False}
 
 
 class LastLayerReached(Exception):  # not an error: it ends a forward pass whose work is done
@@ -42,13 +45,16 @@ class _Pass:
 
     wanted: int
     kept: Features | None = None
+    free: list[None] = field(default_factory=lambda: [None])  # a token, which only one thread can take
 
 
 class _Tap:
     """A forward hook that keeps a layer's output, and ends the pass when every layer's is there."""
 
-    def __init__(self, layer: str, forward: _Pass) -> None:
+    def __init__(self, layer: str, forward: _Pass, module: nn.Module) -> None:
         self.layer, self.forward = layer, forward
+        names = list(inspect.signature(type(module).forward).parameters)
+        self.position = names.index("hidden_states") - 1 if "hidden_states" in names else None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         kept, wanted = self.forward.kept, self.forward.wanted
@@ -56,6 +62,9 @@ class _Tap:
         if kept is None or self.layer in kept:
             return
         features = self._image_stream(args, kwargs, output)
+        if features is None:
+            self.forward.kept = None  # the module runs once more, to see what is inside it
+            raise self._several_streams(module, args, kwargs, output)
         # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
         kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features
         # An exporter keeps a stack of the modules it is in, which an exception would leave unbalanced: run on there,
@@ -63,20 +72,40 @@ class _Tap:
         if len(kept) == wanted and not torch.compiler.is_exporting():
             raise LastLayerReached
 
-    def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor:
-        """The output, or that one of several which has the shape of the ``hidden_states`` that came in.
+    def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """The output, or that one of several which is shaped like the image's stream that came in; None where unclear.
 
         A U-Net block returns its hidden states and what it keeps for skip connections, a tuple; a transformer block
-        with two streams returns the text's and the image's, in an order of its own.
+        with two streams returns the text's and the image's, in an order of its own. The image's stream is
+        ``hidden_states`` by name or position, or else the only tensor given with three dimensions or more.
         """
         streams = [x for x in output if isinstance(x, Tensor)] if isinstance(output, tuple) else [output]
         if len(streams) > 1:
-            image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            streams = [x for x in streams if x.shape == image.shape]
-        if len(streams) != 1:
-            must_be = "a module that returns one tensor shaped like the hidden_states it is given"
-            raise bad("layer", must_be, f"{self.layer!r}, whose text and image streams are of one shape")
-        return streams[0]
+            by_position = args[self.position] if self.position is not None and self.position < len(args) else None
+            image = kwargs.get("hidden_states", by_position)
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2]
+            given = given if image is None else [image]
+            streams = [x for x in streams if len(given) == 1 and x.shape == given[0].shape]
+        return streams[0] if len(streams) == 1 and isinstance(streams[0], Tensor) else None
+
+    def _several_streams(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Exception:
+        """The refusal, with modules inside that return one tensor."""
+        single: list[str] = []
+
+        def note(_: Any, given: Any, out: Any, name: str) -> None:
+            if isinstance(out, Tensor) and out.ndim > 2:
+                single[:] = [inner for inner in single if not inner.startswith(f"{name}.")] + [name]
+
+        inside = [(name, inner) for name, inner in module.named_modules(prefix=self.layer) if inner is not module]
+        hooks = [inner.register_forward_hook(partial(note, name=name)) for name, inner in inside]
+        module.forward(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        parts = output if isinstance(output, tuple) else ()
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts]
+        instead = f", as inside it {', '.join(map(repr, single[-8:]))}" if single else ""
+        must_be = f"a module that returns one tensor, or one shaped like the hidden_states it is given{instead}"
+        return bad("layer", must_be, f"{self.layer!r}, which returned a {type(output).__name__} {shapes or ''}")
 
 
 class FrozenEncoder:
@@ -85,6 +114,9 @@ class FrozenEncoder:
     Not a Module, on purpose: the weights are the user's, and belong in no state_dict but theirs. Arguments are those of
     :class:`NoiseConditionedPerceptualLoss`, where ``model`` is called ``unet`` and ``layers`` is called ``layer``.
     """
+
+    _seen: torch.dtype | None = None  # that of the features given last
+    _reached = False  # whether a pass without gradients has shown that features depend on the latents
 
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
@@ -100,29 +132,33 @@ class FrozenEncoder:
         for layer, weight in self.weights.items():
             check_number(f"layer[{layer!r}]", weight, "a positive weight")
         ends = {layer: _resolve(self.view, layer) for layer in self.weights}
-        if len(set(ends.values())) < len(names):
+        taps = {layer: self.view.get_submodule(end) for layer, end in ends.items()}
+        if len(set(taps.values())) < len(names):
             raise bad("layer", "different modules", repr(layers))
 
-        modules = dict(self.view.named_modules())
-        used = {name: modules[name] for name in modules if not all(_runs_after(name, end) for end in ends.values())}
+        modules = list(self.view.named_modules(remove_duplicate=False))  # one under two names runs where either stands
+        known = type(self.view).__module__.startswith("diffusers.")
+        past = {name for name, _ in modules if known and all(_runs_after(name, end) for end in ends.values())}
+        runs = {module: name for name, module in modules if name not in past}
+        used = {name: module for module, name in runs.items()}
         self._owned = own_trainable(used)
         shared = {name: module for name, module in used.items() if name not in self._owned}
         self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
         self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
         self._watch = Watch(used, shared, links)
         self._pass = _Pass(len(ends))
-        self._seen: torch.dtype | None = None
-        for layer, end in ends.items():
-            modules[end].register_forward_hook(_Tap(layer, self._pass), with_kwargs=True)
+        for layer, module in taps.items():
+            module.register_forward_hook(_Tap(layer, self._pass, module), with_kwargs=True)
+        for name, module in modules:
+            if module not in runs:
+                module.register_forward_pre_hook(partial(_out_of_order, name=name, forward=self._pass))
+            if not name or any(f"{end}.".startswith(f"{name}.") for end in ends.values()):
+                vars(module).update({key: value for key, value in _WHOLE.items() if key in vars(module)})
         if checkpoint:
-            blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
-            if not blocks:
-                raise bad("checkpoint", f"False: {type(self.view).__name__} has no gradient checkpointing", "True")
-            for block in blocks:
-                vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recomputed)
-        takes = inspect.signature(type(self.view).forward).parameters
-        self._takes_text = "encoder_hidden_states" in takes and call is None
-        self._reads_text = any(getattr(module, "has_cross_attention", False) for module in modules.values())
+            _recompute_blocks(self.view)
+        self._signature = inspect.signature(type(self.view).forward)
+        self._takes_text = "encoder_hidden_states" in self._signature.parameters and call is None
+        self._reads_text = any(getattr(module, "has_cross_attention", False) for _, module in modules)
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], given: torch.dtype
@@ -134,20 +170,30 @@ class FrozenEncoder:
         dtype = None if _autocast_dtype(latents.device) else self.dtype
         conditioning = {k: _prepared(v, dtype, given, k) for k, v in conditioning.items()}
         kept: Features = {}
-        if self._pass.kept is not None:
-            raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet")
+        try:
+            self._pass.free.pop()
+        except IndexError:
+            raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
         self._pass.kept = kept
         try:
             with contextlib.suppress(LastLayerReached):
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
         finally:
             self._pass.kept = None
+            self._pass.free.append(None)
         if missing := self.weights.keys() - kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
         features = {layer: _one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
             self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
         return features
+
+    def check_reached(self, encode: Callable[[Tensor], Features], latents: Tensor) -> None:
+        """Once, for a loss that is evaluated without gradients: a pass with a graph, of which nothing is held."""
+        if not (self._reached or torch.compiler.is_compiling()):
+            with torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents):
+                linearized(encode, latents)
+            self._reached = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,10 +217,22 @@ class FrozenEncoder:
         if not torch.compiler.is_compiling():
             self._watch.check()
             self._check_own(latents)
+        given = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
+        conditioning = {**model_kwargs, **given}
         if self._call is _by_name:
             self._check_conditioning(latents, text, model_kwargs)
-        given = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
-        return {**model_kwargs, **given}
+            if not torch.compiler.is_compiling():
+                self._check_call(conditioning)
+        return conditioning
+
+    def _check_call(self, conditioning: Mapping[str, Any]) -> None:
+        try:
+            self._signature.bind(self.view, None, timestep=None, **conditioning)
+        except TypeError as error:
+            names = ", ".join(["timestep", *conditioning])
+            must_be = "given, a function that calls the model as its trainer does (docs, recipes/own-models)"
+            was = f"None, and {type(self.view).__name__}.forward, called with latents, {names}: {error}"
+            raise bad("call", must_be, was, TypeError) from None
 
     def _check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
         config: Any = getattr(self.view, "config", None)
@@ -183,7 +241,7 @@ class FrozenEncoder:
             known = self._reads_text and isinstance(width, int) and getattr(config, "encoder_hid_dim", None) is None
             check_floating("encoder_hidden_states", text)
             check_rows("encoder_hidden_states", text, latents, *(("L", width) if known else ()))
-        elif self._reads_text:
+        elif self._reads_text and not _self_sufficient(config):
             raise bad("encoder_hidden_states", "given: the model attends to text", "None")
         if getattr(config, "addition_embed_type", None) == "text_time":
             added = model_kwargs.get("added_cond_kwargs") or {}
@@ -215,9 +273,24 @@ def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
     return encoder._seen
 
 
+def _recompute_blocks(view: nn.Module) -> None:
+    blocks = [module for module in view.modules() if hasattr(module, "gradient_checkpointing")]
+    if not blocks:
+        raise bad("checkpoint", f"False: {type(view).__name__} has no gradient checkpointing", "True")
+    for block in blocks:
+        vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_recomputed)
+
+
 def _recomputed(block: Callable[..., Any], *args: Any) -> Any:
     """A block whose activations are recomputed in backward; a compiler plans its memory itself."""
     return block(*args) if torch.compiler.is_compiling() else recompute(block, *args, use_reentrant=False)
+
+
+def _self_sufficient(config: Any) -> bool:
+    """Whether a U-Net's cross-attention takes images in the text's place (Kandinsky 2.2), or itself (AudioLDM)."""
+    widths, channels = getattr(config, "cross_attention_dim", None), getattr(config, "block_out_channels", None)
+    images = getattr(config, "encoder_hid_dim_type", None) == "image_proj"
+    return images or (isinstance(widths, list | tuple) and list(widths) == list(channels or ()))
 
 
 def _first_weight(modules: Mapping[str, nn.Module]) -> Tensor | None:
@@ -234,18 +307,18 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _runs_after(name: str, end: str) -> bool:
-    """Whether module ``name`` runs only after module ``end`` has returned; False where that is not known."""
-    a, b = name.split("."), end.split(".")
-    while a and b and a[0] == b[0]:
-        del a[0], b[0]
-    if not a or not b:  # one holds the other
-        return False
-    x, y = a[0], b[0]
-    if x.isdigit() and y.isdigit():
-        return int(x) > int(y)
-    if {x, y} == {"resnets", "attentions"}:  # a block alternates between the two
-        return len(a) > 1 and len(b) > 1 and int(a[1]) > int(b[1])
-    return x in _ORDER and y in _ORDER and _ORDER.index(x) > _ORDER.index(y)
+    """Whether module ``name`` runs only after module ``end`` has returned, by their places at the top of the model."""
+    (a, i), (b, j) = ((parts[0], parts[1] if len(parts) > 1 else "") for parts in (name.split("."), end.split(".")))
+    if a == b:  # blocks of one list run in its order
+        return i.isdigit() and j.isdigit() and int(i) > int(j)
+    return a in _ORDER and b in _ORDER and _ORDER.index(a) > _ORDER.index(b)
+
+
+def _out_of_order(module: nn.Module, args: Any, name: str, forward: _Pass) -> None:
+    """A pre-hook of what should not run: its weights are neither copied nor watched."""
+    if forward.kept is not None and len(forward.kept) < forward.wanted:
+        must_be = f"a module that has run when {name!r} begins, as in diffusers' models of such names"
+        raise bad("layer", must_be, "one that runs later")
 
 
 def _resolve(view: nn.Module, layer: str) -> str:
@@ -279,6 +352,9 @@ def linearized(encode: Callable[[Tensor], Features], latents: Tensor) -> tuple[F
     with torch.enable_grad():
         leaf = latents.detach().requires_grad_()
         graph = encode(leaf.view_as(leaf))  # torch's FLOP counter hooks what a module is given, but cannot hook a leaf
+    for layer, f in graph.items():
+        if not f.requires_grad and not torch.is_inference_mode_enabled():
+            raise bad("layer", "a module whose output depends on the latents", f"{layer!r}, whose output does not")
 
     def pull_back(cotangents: Features) -> Tensor:
         # The forward pass's casts have derivatives of their own; autocast would round the cotangents once more.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from einops import reduce
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .difference import Stencil
 from .schedule import per_sample
@@ -79,6 +80,16 @@ def feature_errors(
 def attach(error: Tensor, prediction: Tensor, slope: Tensor) -> Tensor:
     """``error`` (B,), whose derivative with respect to ``prediction`` is ``slope``, known already, (B, ...)."""
     return cast(Tensor, _Attached.apply(prediction, error, slope))
+
+
+def check_reverse_mode(prediction: object) -> None:
+    """Forward-mode derivatives would come out as 0."""
+    if (
+        isinstance(prediction, Tensor)
+        and not torch.compiler.is_compiling()
+        and unpack_dual(prediction).tangent is not None
+    ):
+        raise RuntimeError("ncp errors have reverse-mode derivatives only: model_pred must carry no tangent (jvp)")
 
 
 class _Attached(torch.autograd.Function):

@@ -21,7 +21,7 @@ from .checks import (
 )
 from .difference import DIFFERENCES, choose, stencil
 from .encoder import FrozenEncoder, Layers, chunks_of, joined, linearized
-from .error import Errors, attach, feature_errors
+from .error import Errors, attach, check_reverse_mode, feature_errors
 from .objectives import REDUCTIONS, reduce_batch
 from .schedule import NoiseSchedule, Step, check_noisy, check_step, per_sample
 
@@ -172,6 +172,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call; the
                 loss is used by a second thread or a hook while a pass runs; a second derivative is asked for.
         """
+        check_reverse_mode(model_pred)
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
         timesteps = expand_timesteps(timesteps, noisy_latents)
@@ -223,7 +224,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
         at_point = trains and points.graph is points.latents[0]
         features = [encode(x) for x in (points.latents[1:] if at_point else points.latents)]
-        if trains:
+        if not trains:
+            self._encoder.check_reached(encode, base)
+        else:
             graph, pull_back = linearized(encode, points.graph)
             features = [graph, *features] if at_point else features
         if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell

@@ -252,6 +252,8 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
         wrong = "is offloaded by accelerate"
     if moved := [mover for mover in _MOVERS if mover in getattr(own.get("_diffusers_hook"), "hooks", ())]:
         wrong = f"has weights in the hands of diffusers' {moved[0]}"
+    if getattr(module, "blocks_to_swap", None):  # kohya's, which counts the passes that it shares with the view
+        wrong = "swaps blocks between devices (blocks_to_swap)"
     if wrong:
         raise _not_the_base(f"{path!r} {wrong}", name)
 

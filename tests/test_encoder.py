@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import random
 import weakref
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from models import LAYOUTS, batch, sd15, sdxl
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -206,10 +210,14 @@ def test_a_frozen_model_is_shared_and_a_trainable_one_copied_as_far_as_the_layer
     for name, module in ncp._encoder.view.named_modules():
         module.register_forward_pre_hook(lambda m, a, name=name: ran.add(name))
     ncp.features(*args, **extra)
-    truncated = sum(
-        p.nbytes for name, m in unet.named_modules() if name in ran for p in m._parameters.values() if p is not None
-    )
-    assert owned_bytes(ncp, unet) == truncated
+    block = ".".join(path.split(".")[:2])  # whose modules' order is the block's own affair
+
+    def size(wanted):
+        found = [m for name, m in unet.named_modules() if wanted(name)]
+        return sum(p.nbytes for m in found for p in m._parameters.values() if p is not None)
+
+    assert size(lambda name: name in ran) <= owned_bytes(ncp, unet)
+    assert owned_bytes(ncp, unet) == size(lambda name: name in ran or name.startswith(f"{block}."))
     assert path in ran
 
 
@@ -299,3 +307,275 @@ def test_a_frozen_view_is_the_base_model_and_stays_it():
         for p in unet.parameters():
             p.add_(1)
     assert torch.equal(copied(*args).sample, truth)
+
+
+# The order of modules, and modules with several names.
+
+
+def audioldm2():
+    """Two attentions after each resnet, each with a text of its own."""
+    torch.manual_seed(0)
+    return AudioLDM2UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=2, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=((None, 12, 6), (None, 12, 6)),
+    ).double()  # fmt: skip
+
+
+def shuffled(model):
+    """The same modules, registered in another order."""
+    order = random.Random(0)
+    for module in model.modules():
+        if not isinstance(module, torch.nn.ModuleList):
+            children = list(module._modules.items())
+            order.shuffle(children)
+            module._modules.clear()
+            module._modules.update(children)
+    return model
+
+
+@pytest.mark.parametrize("again", [lambda model: model, shuffled])
+@pytest.mark.parametrize(
+    "layer",
+    ["down_blocks.0.resnets.1", "down_blocks.0.attentions.2", "mid_block.attentions.1", "up_blocks.1.attentions.3"],
+)
+def test_full_fine_tuning_of_several_attentions_a_resnet_leaves_the_encoder_where_it_was(layer, again):
+    unet = again(audioldm2())
+    x, texts = torch.randn(2, 4, 8, 8).double(), [torch.randn(2, 5, width).double() for width in (12, 6)]
+
+    def call(model, x, t, first, second):
+        return model(x, t, first, encoder_hidden_states_1=second)
+
+    pristine, kept = copy.deepcopy(unet), []
+    pristine.get_submodule(layer).register_forward_hook(
+        lambda _, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    t = torch.tensor([100, 900])
+    with torch.no_grad():
+        call(pristine, x, t, *texts)
+    ncp = NoiseConditionedPerceptualLoss(unet, layer, call=call)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    found = ncp.features(x, t, first=texts[0], second=texts[1])[layer]
+    assert torch.equal(found, kept[0])
+
+
+class Backwards(UNet2DConditionModel):
+    """Of diffusers by name, and with an order of its own."""
+
+    def forward(self, x, timestep, encoder_hidden_states=None):
+        return self.down_blocks[0](self.down_blocks[1](x))
+
+
+def test_a_model_that_runs_in_another_order_than_diffusers_is_refused_and_one_of_ones_own_is_copied_whole(monkeypatch):
+    blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(2)])
+    unet = sd15()
+    unet.down_blocks, x = blocks.requires_grad_(True), torch.randn(2, 4).double()
+    own = Backwards.__new__(Backwards)
+    vars(own).update(vars(unet))
+    expected = blocks[0](blocks[1](x)).detach()
+    ncp = NoiseConditionedPerceptualLoss(own, "down_blocks.0", call=lambda model, x, t: model(x, t))
+    with torch.no_grad():
+        for parameter in blocks.parameters():
+            parameter.add_(1)
+    assert torch.equal(ncp.features(x, torch.tensor(1))["down_blocks.0"], expected)
+    monkeypatch.setattr(Backwards, "__module__", "diffusers.models.backwards")
+    ncp = NoiseConditionedPerceptualLoss(own, "down_blocks.0", call=lambda model, x, t: model(x, t))
+    with pytest.raises(ValueError, match=r"^layer must be a module that has run when 'down_blocks.1' begins"):
+        ncp.features(x, torch.tensor(1))
+
+
+@pytest.mark.parametrize("layer", ["up_blocks.0.resnets.0", "down_blocks.1.resnets.0"])
+def test_a_module_under_two_names_is_copied_wherever_it_runs_first(layer):
+    """Registered past the layer before it is registered in front of it."""
+    unet = sd15()
+    unet.up_blocks[0].resnets[0] = unet.down_blocks[1].resnets[0]
+    unet._modules = {"up_blocks": unet.up_blocks, **unet._modules}
+    args, _ = inputs(unet)
+
+    def call(model, x, t, encoder_hidden_states):
+        time = model.time_embedding(model.time_proj(t).to(x.dtype))
+        return model.down_blocks[1].resnets[0](model.conv_in(x), time)
+
+    ncp = NoiseConditionedPerceptualLoss(unet.requires_grad_(True), layer, call=call)
+    expected = call(unet, *args).detach()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(1)
+    assert torch.equal(ncp.features(*args)[layer], expected)
+    with pytest.raises(ValueError, match=r"^layer must be different modules"):
+        NoiseConditionedPerceptualLoss(unet, ["up_blocks.0.resnets.0", "down_blocks.1.resnets.0"])
+
+
+# Pieces.
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("inner", ["ff", "ff.net.0", "ff.net.2", "attn1.to_out.0"])
+def test_a_layer_inside_chunked_feed_forward_is_seen_whole(inner, dim):
+    unet = sd15()
+    args, _ = inputs(unet, 2)
+    layer = f"down_blocks.1.attentions.0.transformer_blocks.0.{inner}"
+    whole = NoiseConditionedPerceptualLoss(unet, layer).features(*args)[layer]
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.set_chunk_feed_forward(1 + dim, dim)
+    found = NoiseConditionedPerceptualLoss(unet, layer).features(*args)[layer]
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    assert unet.down_blocks[1].attentions[0].transformer_blocks[0]._chunk_size == 1 + dim
+
+
+@pytest.mark.parametrize("by", ["enable_slicing", "enable_tiling"])
+def test_a_decoder_that_works_by_slices_or_tiles_is_seen_whole(by):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, latent_channels=4,
+    ).double().eval().requires_grad_(False)  # fmt: skip
+    x, layer = torch.randn(2, 4, 16, 16).double(), "decoder.up_blocks.0"
+
+    def features():
+        ncp = NoiseConditionedPerceptualLoss(vae, layer, call=lambda model, x, t: model.decode(x))
+        return ncp.features(x, torch.tensor(0))[layer]
+
+    whole = features()
+    getattr(vae, by)()
+    assert torch.equal(features(), whole)
+    assert vae.use_slicing or vae.use_tiling
+
+
+# Layers and derivatives that say nothing.
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("beside", [[], ["mid_block"]])
+@pytest.mark.parametrize("layer", ["time_embedding", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"])
+def test_a_layer_that_latents_do_not_reach_is_refused_with_and_without_gradients(layer, beside, trains):
+    unet = sd15()
+    ncp = NoiseConditionedPerceptualLoss(unet, [layer, *beside])
+    with torch.set_grad_enabled(trains), pytest.raises(ValueError, match=f"^layer must be .*latents; it was '{layer}'"):
+        ncp.errors(**batch(unet))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_loss_without_gradients_looks_once_at_what_latents_reach_and_holds_nothing(chunk_size):
+    unet = sd15()
+    arguments = batch(unet)
+    ncp, expected = (NoiseConditionedPerceptualLoss(unet, chunk_size=chunk_size) for _ in range(2))
+    expected, calls = expected.errors(**arguments).error.detach(), calls_of(ncp)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(ncp.errors(**arguments).error, expected)
+    assert [graph for _, graph in calls].count(True) == 1
+    with torch.inference_mode():
+        found = NoiseConditionedPerceptualLoss(unet).errors(**arguments).error
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_forward_mode_derivatives_are_refused():
+    unet = sd15()
+    arguments = batch(unet)
+    x = arguments.pop("model_pred").detach()
+    ncp = NoiseConditionedPerceptualLoss(unet)
+    with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
+        torch.func.jvp(lambda x: ncp.errors(x, **arguments).error, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="model_pred must carry no tangent"):
+        ncp.errors(torch.autograd.forward_ad.make_dual(x, x), **arguments)
+
+
+# Models with a call of their own.
+
+
+class OnesOwn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 3)
+
+    def forward(self, x, t, context=None):
+        return self.layer(x) * t.reshape(-1, 1, 1, 1)
+
+
+class OfOtherText(OnesOwn):
+    def forward(self, x, timestep, context):
+        return super().forward(x, timestep)
+
+
+@pytest.mark.parametrize("make", [OnesOwn, OfOtherText])
+def test_a_model_that_is_called_in_a_way_of_its_own_is_told_of_call(make):
+    model = make().double().requires_grad_(False)
+    x, text, t = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 3, 4).double(), torch.tensor([3, 5])
+    with pytest.raises(
+        TypeError, match=r"^call must be given.*own-models.*; it was None, and O\w+.forward, called with"
+    ):
+        NoiseConditionedPerceptualLoss(model, "layer").errors(x, x, x, t, text)
+    ncp = NoiseConditionedPerceptualLoss(model, "layer", call=lambda m, x, t, encoder_hidden_states: m(x, t, text))
+    assert torch.equal(ncp.features(x, t, text)["layer"], model.layer(x))
+
+
+def test_checkpointing_is_refused_where_the_model_has_none():
+    with pytest.raises(
+        ValueError, match=r"^checkpoint must be False: OnesOwn has no gradient checkpointing; it was True"
+    ):
+        NoiseConditionedPerceptualLoss(OnesOwn(), "layer", checkpoint=True)
+
+
+def test_two_layers_of_a_block_count_by_their_weights():
+    unet = sd15()
+    layers = {"down_blocks.1.resnets.0": 2.0, "down_blocks.1.attentions.0": 0.5}
+    both, *each = (
+        NoiseConditionedPerceptualLoss(unet, layer).errors(**batch(unet)).error for layer in (layers, *layers)
+    )
+    torch.testing.assert_close(both, 2.0 * each[0] + 0.5 * each[1], rtol=1e-12, atol=0)
+    assert not torch.allclose(each[0], each[1])
+
+
+def test_a_default_device_of_meta_changes_nothing():
+    unet = sd15()
+    arguments = batch(unet)
+    expected = NoiseConditionedPerceptualLoss(unet).errors(**arguments)
+    with torch.device("meta"):
+        found = NoiseConditionedPerceptualLoss(unet).errors(**arguments)
+    assert torch.equal(found.error, expected.error)
+    assert torch.equal(found.ref_error, expected.ref_error)
+
+
+# U-Nets that need no text.
+
+
+def kandinsky_decoder():
+    """Kandinsky 2.2's: the image's embedding stands in the text's place."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), cross_attention_dim=12,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), addition_embed_type="image",
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", encoder_hid_dim=6, encoder_hid_dim_type="image_proj",
+        resnet_time_scale_shift="scale_shift",
+    )  # fmt: skip
+    return unet, {"added_cond_kwargs": {"image_embeds": torch.randn(2, 6).double()}}
+
+
+def audioldm():
+    """AudioLDM's: a class embedding, and cross-attention to itself."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=(8, 16), class_embed_type="simple_projection", class_embeddings_concat=True,
+        projection_class_embeddings_input_dim=6,
+    )  # fmt: skip
+    return unet, {"class_labels": torch.randn(2, 6).double()}
+
+
+@pytest.mark.parametrize("make", [kandinsky_decoder, audioldm])
+def test_a_unet_that_needs_no_text_is_given_none(make):
+    unet, conditioning = make()
+    unet = unet.double().requires_grad_(False)
+    x, t, kept = torch.randn(2, 4, 8, 8).double(), torch.tensor([30, 700]), []
+    handle = unet.down_blocks[1].register_forward_hook(lambda _, args, out: kept.append(out[0]))
+    unet(x, t, None, **conditioning)
+    handle.remove()
+    assert torch.equal(NoiseConditionedPerceptualLoss(unet).features(x, t, **conditioning)["down_blocks"], kept[0])
+    with pytest.raises(ValueError, match="encoder_hidden_states must be given: the model attends to text"):
+        NoiseConditionedPerceptualLoss(sd15()).features(x, t)

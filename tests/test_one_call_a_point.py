@@ -6,7 +6,11 @@ Truth is a plain hook on a deep copy of the model, called exactly as the trainer
 from __future__ import annotations
 
 import copy
+import gc
+import multiprocessing
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -224,3 +228,113 @@ def test_a_second_use_of_a_loss_while_a_pass_runs_is_refused() -> None:
     ncp._encoder.view.down_blocks[0].register_forward_hook(lambda *_: ncp.errors(**arguments))
     with pytest.raises(RuntimeError, match="ncp must be used once at a time"):
         ncp.errors(**arguments)
+
+
+def test_threads_get_the_right_value_or_are_told() -> None:
+    unet = sd15()
+    ncp = NCP(unet)
+    batches = [batch(unet, seed=seed) for seed in range(2)]
+    wanted = [ncp.errors(**arguments).error for arguments in batches]
+    told, wrong, start = [], [], threading.Barrier(2)
+
+    def use(arguments: dict[str, Any], expected: Tensor) -> None:
+        start.wait()
+        for _ in range(10):
+            try:
+                wrong.append(not torch.equal(ncp.errors(**arguments).error, expected))
+            except RuntimeError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=use, args=pair) for pair in zip(batches, wanted, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) + len(wrong) == 20
+    assert not any(wrong)
+    assert all("ncp must be used once at a time" in message for message in told)
+    assert all(torch.equal(ncp.errors(**a).error, e) for a, e in zip(batches, wanted, strict=True))
+
+
+def test_two_losses_of_one_model_may_run_in_two_threads() -> None:
+    unet = sd15()
+    arguments = batch(unet)
+    losses = [NCP(unet) for _ in range(2)]
+    expected = losses[0].errors(**arguments).error
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: losses[i % 2].errors(**arguments).error, [0, 1]))
+    assert all(torch.equal(error, expected) for error in found)
+
+
+@pytest.mark.parametrize("options", [{}, {"step": 20}, {"step": "clean"}, {"checkpoint": True}])
+@pytest.mark.parametrize("trains", [True, False])
+def test_no_random_number_is_drawn_that_was_not_asked_for(trains: bool, options: dict[str, Any]) -> None:
+    unet = sd15(dropout=0.5).train()
+    arguments = batch(unet)
+    ncp, before = NCP(unet, **options), torch.get_rng_state()
+    with torch.set_grad_enabled(trains):
+        error = ncp.errors(**arguments).error.sum()
+    if trains:
+        error.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def errors_elsewhere(ncp: NCP, arguments: dict[str, Any], answer: Any) -> None:
+    torch.set_num_threads(1)
+    error = ncp.errors(**arguments, model_pred=arguments["target"] + 0.1).error
+    answer.put(error.tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_loss_gives_the_same_errors_in_another_process(method: str, called: bool) -> None:
+    unet = sd15()
+    arguments = {key: value for key, value in batch(unet).items() if key != "model_pred"}
+    ncp = NCP(unet)
+    if called:
+        ncp.features(*(arguments[k] for k in ("noisy_latents", "timesteps", "encoder_hidden_states")))
+    context = multiprocessing.get_context(method)
+    answer = context.Queue()
+    process = context.Process(target=errors_elsewhere, args=(ncp, arguments, answer))
+    process.start()
+    found = answer.get(timeout=120)
+    process.join()
+    expected = ncp.errors(**arguments, model_pred=arguments["target"] + 0.1).error
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-12, atol=0)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.second(self.first(x).sin())
+
+
+@pytest.mark.slow
+def test_three_thousand_steps_change_no_result_and_hold_no_memory() -> None:
+    model = Tiny().requires_grad_(False)
+    ncp = NCP(model, ["first", "second"])
+    target, x, noise = torch.randn(3, 2, 4, 8, 8)
+    prediction = (target + 0.1 * noise).requires_grad_()
+    t = torch.tensor([100, 700])
+
+    def step() -> Tensor:
+        error, _ = ncp.errors(prediction, target, x, t, ref_pred=target - 0.1 * noise)
+        return torch.cat([error.detach(), torch.autograd.grad(error.sum(), prediction)[0].flatten()])
+
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    expected = step()
+    for _ in range(100):
+        step()
+    tensors, objects = held(), len(gc.get_objects())
+    for _ in range(3000):
+        assert torch.equal(step(), expected)
+    assert held() <= tensors
+    assert len(gc.get_objects()) < objects + 1000

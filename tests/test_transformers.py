@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +220,122 @@ def test_streams_of_one_shape_are_refused_by_name() -> None:
     family = FAMILIES["SD3"]
     given = family_batch(family)
     given["encoder_hidden_states"] = torch.randn(2, 16, 16, dtype=torch.float64)  # as many words as image tokens
-    with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor shaped like the hidden"):
-        loss(family, transformer(family), family.layers[0]).errors(**given)
+    model, layer = transformer(family), family.layers[0]
+    with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor, .*as inside it") as told:
+        loss(family, model, layer).errors(**given)
+    assert_the_modules_named_can_be_taken(str(told.value), lambda inner: loss(family, model, inner).errors(**given))
+
+
+def assert_the_modules_named_can_be_taken(message: str, use: Any) -> None:
+    instead = re.findall(r"'([^']+)'", message.split(" inside it ")[1].split("; it was")[0])
+    assert 0 < len(instead) <= 8
+    taken = 0
+    for inner in instead:
+        with contextlib.suppress(ValueError):  # the text's of a first block, which latents do not reach
+            taken += bool((use(inner).error > 0).all())
+    assert taken > 0
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x)) + other.mean(1, keepdim=True)
+
+
+class Kohya(nn.Module):
+    """SD 3.5's block in kohya's layout: the text's stream is the first, in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context_block, self.x_block = Stream(), Stream()
+
+    def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return self.context_block(context, x), self.x_block(x, context) + c[:, None]
+
+
+class BFL(nn.Module):
+    """Flux's block in its makers' layout, called by names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.img, self.txt = Stream(), Stream()
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        return self.img(img, txt) + vec[:, None], self.txt(txt, img)
+
+
+class WithSkips(nn.Module):
+    """One stream in, whose features come out beside what a skip connection takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Stream()
+
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, ::2], self.inner(x, x) + emb[:, None]
+
+
+class ByPosition(nn.Module):
+    """diffusers' names, called by position, the image's stream not the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Kohya()
+
+    def forward(self, encoder_hidden_states: Tensor, hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(encoder_hidden_states, hidden_states, temb)
+
+
+class TwoStreams(nn.Module):
+    def __init__(self, block: nn.Module, call: Any) -> None:
+        super().__init__()
+        self.block, self.call, self.kept = block, call, list[Tensor]()
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+        c = timestep.to(x.dtype)[:, None].expand(-1, 4) / 1000
+        return self.call(self.block, x.flatten(2).mT, encoder_hidden_states, c)
+
+
+@pytest.mark.parametrize("words", [5, 16])
+@pytest.mark.parametrize(
+    ("make", "call", "known"),
+    [
+        (Kohya, lambda block, x, text, c: block(text, x, c), None),
+        (BFL, lambda block, x, text, c: block(img=x, txt=text, vec=c), None),
+        (BFL, lambda block, x, text, c: block(x, text, c), None),
+        (WithSkips, lambda block, x, text, c: block(x, c), 1),
+        (ByPosition, lambda block, x, text, c: block(text, x, c), 1),
+    ],
+    ids=["kohya", "BFL", "BFL by position", "skips", "diffusers' names by position"],
+)
+def test_the_stream_of_a_block_is_the_images_or_the_block_is_refused(
+    make: Any, call: Any, known: int | None, words: int
+) -> None:
+    torch.manual_seed(0)
+    model = TwoStreams(make(), call).double().requires_grad_(False)
+    x, target, noise = torch.randn(3, 2, 4, 4, 4, dtype=torch.float64)
+    text, t = torch.randn(2, words, 4, dtype=torch.float64), torch.tensor([300, 800])
+    given = {"noisy_latents": x, "target": target, "timesteps": t, "encoder_hidden_states": text}
+    given["model_pred"] = target + noise
+    if known is None or (make is ByPosition and words == 16):
+        with pytest.raises(ValueError, match=r"^layer must be .*'block', which returned a tuple \[") as told:
+            NCP(model, "block").errors(**given)
+        assert re.search("'block.(x_block|img|inner.x_block)'", str(told.value))
+        assert_the_modules_named_can_be_taken(str(told.value), lambda inner: NCP(model, inner).errors(**given))
+        assert not any(module._forward_hooks for module in model.modules())
+        return
+    expected = model(x, t, text)[known]
+    assert torch.equal(NCP(model, "block").features(x, t, text)["block"], expected)
+
+
+@pytest.mark.parametrize("layer", ["transformer_blocks.0", "transformer_blocks.1"])
+def test_blocks_called_by_position_for_recomputation_give_the_same_stream(layer: str) -> None:
+    family = FAMILIES["SD3"]
+    model, given = transformer(family), family_batch(family)
+    assert torch.equal(*(loss(family, model, layer, checkpoint=c).errors(**given)[0] for c in (False, True)))
 
 
 def test_a_model_that_keeps_some_weights_in_float32_computes_in_the_dtype_of_the_others(tmp_path: Path) -> None:

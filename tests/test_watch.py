@@ -219,6 +219,53 @@ def test_unloading_without_a_merge_is_no_alarm(make: Any, use: Any) -> None:
     assert torch.equal(use(made, arguments), expected)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_adapter_merged_around_sampling_and_unmerged_again_is_no_alarm(
+    dtype: torch.dtype, make: Any, use: Any
+) -> None:
+    unet = small(dtype)
+    arguments = batch(unet)
+    model = peft_lora(unet)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.05)  # what is trained changes a weight by little
+    made = make(model)
+    expected = use(made, arguments)
+    before = copy.deepcopy(dict(unet.named_parameters()))
+    for _ in range(20 if dtype == torch.float32 else 1):
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged adapter"):
+            use(made, arguments)
+        model.unmerge_adapter()
+        rtol, atol = (1e-3, 1e-4) if dtype == torch.float32 else (0.1, 0.1)
+        torch.testing.assert_close(use(made, arguments), expected, rtol=rtol, atol=atol)
+    assert any(not torch.equal(p, before[name]) for name, p in unet.named_parameters())
+
+
+@BOTH
+def test_a_lycoris_network_merged_around_sampling_and_restored_is_no_alarm(make: Any, use: Any) -> None:
+    unet = small(torch.float32)
+    arguments = batch(unet)
+    network = lycoris("locon", unet)
+    made = make(unet)
+    expected = use(made, arguments)
+    network.restore()
+    kept = copy.deepcopy(unet.state_dict())
+    for _ in range(3):
+        network.merge_to(1.0)
+        with pytest.raises(RuntimeError, match="was changed"):
+            use(made, arguments)
+        unet.load_state_dict(kept)
+        assert torch.equal(use(made, arguments), expected)
+
+
+def swapped_by_blocks(unet: nn.Module) -> None:
+    """As kohya's models are; their offloader counts the forward passes of model and view together."""
+    unet.blocks_to_swap = 2
+
+
 def test_roundings_do_not_add_up_unseen() -> None:
     unet = small(torch.bfloat16)
     arguments = batch(unet)
@@ -523,6 +570,7 @@ HOOKED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "spectral_norm": (lambda unet: spectral_norm(conv(unet)), f"'{CONV1}' has a weight made by a hook"),
     "prune": (lambda unet: prune.l1_unstructured(conv(unet), "bias", 0.5), f"'{CONV1}' has a bias made by a hook"),
     "one's own": (made_by_a_hook_of_ones_own, f"'{CONV1}' has a weight made by a hook"),
+    "block swap": (swapped_by_blocks, "swaps blocks between devices"),
     "empty": (emptied, f"'{CONV1}' has an empty weight"),
     "offloaded": (lambda unet: cpu_offload(unet, torch.device("cpu")), "' is offloaded by accelerate"),
     "group offloading": (grouped, "' has weights in the hands of diffusers' group_offloading"),
