@@ -187,8 +187,12 @@ ROWS += [
     pairs("half the timesteps", "timesteps must be 0-dimensional or of shape (4,)", timesteps=torch.tensor([1, 2])),
     pairs("half the target", "target must be shaped like noisy_latents", target=lambda x: x[:2]),
     pairs("half the z", "variance_noise must be shaped like noisy_latents", variance_noise=lambda x: x[:2]),
-    pairs("both references", "ref_pred, ref_error must be given one without the other", ref_error=torch.ones(4)),
-    pairs("no reference", "ref_pred, ref_error must be given one without the other", ref_pred=None),
+    pairs(
+        "both references",
+        "ref_pred, ref_error must be given one without the other; it was both",
+        ref_error=torch.ones(4),
+    ),
+    pairs("no reference", "ref_pred, ref_error must be given one without the other; it was neither", ref_pred=None),
     *[
         pairs(f"ref_error: {id}", f"ref_error must be {must}", error, ref_pred=None, ref_error=value)
         for id, value, must, error in [
@@ -355,6 +359,18 @@ def drawn(**given: Any) -> Any:
 ROWS += [
     Bad("kept error, drawn steps", drawn, "ref_error must be None for step='uniform' without a generator"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("layer", "there"),
+    [
+        ("down_block", "(UNet2DConditionModel has ['conv_in', 'time_proj', "),
+        ("down_blocks.0.resnet.0", "(down_blocks.0 has ['attentions', 'resnets', 'downsamplers']); it was 'down_"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_told_what_is_there(layer: str, there: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(there)):
+        NCP(unet(), layer)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{i}: {row.message[:70]}" for i, row in enumerate(ROWS)])
