@@ -45,10 +45,15 @@ def check_generator(name: str, value: object) -> None:
         raise bad(name, "a torch.Generator or None", _of(value), TypeError)
 
 
-def check_count(name: str, value: object, must_be: str, *others: object) -> None:
-    """A positive int, or one of ``others``."""
-    if value not in others and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise bad(name, must_be, repr(value))
+def check_count(name: str, value: object, must_be: str, *others: str | None) -> None:
+    """A positive int that a tensor can hold, or one of ``others``."""
+    counts = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= sys.maxsize
+    if not counts and not (isinstance(value, str | None) and value in others):
+        raise bad(name, must_be, _of(value))
+
+
+def check_flag(name: str, value: object) -> None:
+    check_choice(name, value, (False, True))
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -63,6 +68,14 @@ def check_floating(name: str, value: object) -> Tensor:
     tensor = check_tensor(name, value)
     if not tensor.is_floating_point() or tensor.itemsize == 1:
         raise bad(name, "a floating-point tensor of 16 bits or more", tensor.dtype, TypeError)
+    return tensor
+
+
+def check_numbers(name: str, value: object) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in _INTEGERS and (not tensor.is_floating_point() or tensor.itemsize == 1):
+        must_be = "of int8 to int64, uint8 or a floating-point dtype of 16 bits or more"
+        raise bad(name, must_be, tensor.dtype, TypeError)
     return tensor
 
 
@@ -94,8 +107,8 @@ def check_rows(name: str, value: object, latents: Tensor, *shape: int | str) -> 
 def check_errors(**errors: Tensor) -> None:
     """Per-sample errors: each (B,), floating point, of one length and on one device."""
     first, reference = next(iter(errors.items()))
-    if check_floating(first, reference).ndim != 1:
-        raise bad(first, "one error per sample, shape (B,)", _shape(reference))
+    if check_floating(first, reference).ndim != 1 or len(reference) == 0:
+        raise bad(first, "one error per sample, shape (B,), of one or more", _shape(reference))
     for name, value in errors.items():
         check_like(name, value, first, reference)
 
@@ -118,20 +131,20 @@ def check_latents(
 
 def expand_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
     """One timestep for each sample, where one is given for all too: 0-dim or (B,) -> (B,)."""
-    t = check_device("timesteps", _of_numbers(check_tensor("timesteps", timesteps)), "noisy_latents", latents)
+    t = check_device("timesteps", check_numbers("timesteps", timesteps), "noisy_latents", latents)
     t = t.expand(len(latents)) if t.ndim == 0 else t
     if t.shape != (len(latents),):
         raise bad("timesteps", f"0-dimensional or of shape ({len(latents)},)", f"of shape {tuple(t.shape)}")
     return t
 
 
-def check_timesteps(timesteps: Any, count: int, whole: bool = True, low: int = 0) -> Tensor:
+def check_timesteps(timesteps: Any, count: float, whole: bool = True, low: float = 0) -> Tensor:
     """Whole numbers in [low, count), or any in [0, count]; a tensor, or what makes one."""
     try:
         t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise bad("timesteps", "a tensor", type(timesteps).__name__, TypeError) from None
-    t = _of_numbers(check_tensor("timesteps", t))
+    t = check_numbers("timesteps", t)
     if values_are_free(t):
         least, most = t.min().item(), t.max().item()
         if not (least >= low and most <= count) or (whole and most == count):
@@ -154,13 +167,6 @@ def values_are_free(value: Tensor) -> bool:
     """Whether reading values costs no synchronisation: a real tensor on the host, outside a trace."""
     readable = value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0
     return readable and not torch.compiler.is_compiling()
-
-
-def _of_numbers(timesteps: Tensor) -> Tensor:
-    if timesteps.dtype not in _INTEGERS and (not timesteps.is_floating_point() or timesteps.itemsize == 1):
-        must_be = "of int8 to int64, uint8 or a floating-point dtype of 16 bits or more"
-        raise bad("timesteps", must_be, timesteps.dtype, TypeError)
-    return timesteps
 
 
 def _of(value: object) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checks import bad, check_floating, check_number, check_rows
+from .checks import bad, check_floating, check_number, check_numbers, check_rows
 from .schedule import constant_to_compilers
 from .view import own_trainable, twin_of
 from .watch import Watch
@@ -126,11 +126,10 @@ class FrozenEncoder:
         if not isinstance(layers, str | Sequence | Mapping):
             raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
         names = [layers] if isinstance(layers, str) else list(layers)
-        self.weights = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(names, 1.0)
-        if not self.weights or not all(isinstance(layer, str) for layer in self.weights):
+        if not names or not all(isinstance(layer, str) for layer in names):
             raise bad("layer", "one module path or more, with positive weights", repr(layers))
-        for layer, weight in self.weights.items():
-            check_number(f"layer[{layer!r}]", weight, "a positive weight")
+        given = layers if isinstance(layers, Mapping) else dict.fromkeys(names, 1.0)
+        self.weights = {name: check_number(f"layer[{name!r}]", given[name], "a positive weight") for name in given}
         ends = {layer: _resolve(self.view, layer) for layer in self.weights}
         taps = {layer: self.view.get_submodule(end) for layer, end in ends.items()}
         if len(set(taps.values())) < len(names):
@@ -244,12 +243,15 @@ class FrozenEncoder:
         elif self._reads_text and not _self_sufficient(config):
             raise bad("encoder_hidden_states", "given: the model attends to text", "None")
         if getattr(config, "addition_embed_type", None) == "text_time":
-            added = model_kwargs.get("added_cond_kwargs") or {}
-            if not {"text_embeds", "time_ids"} <= set(added):
-                raise bad("added_cond_kwargs", "a dict with text_embeds and time_ids, as for SDXL", sorted(added))
-            ids = check_rows("added_cond_kwargs['time_ids']", added["time_ids"], latents)
+            added = model_kwargs.get("added_cond_kwargs")
+            if not isinstance(added, Mapping) or not {"text_embeds", "time_ids"} <= set(added):
+                was = sorted(map(str, added)) if isinstance(added, Mapping) else type(added).__name__
+                raise bad("added_cond_kwargs", "a dict with text_embeds and time_ids, as for SDXL", was)
+            names = {key: f"added_cond_kwargs[{key!r}]" for key in ("time_ids", "text_embeds")}
+            ids = check_rows(names["time_ids"], check_numbers(names["time_ids"], added["time_ids"]), latents)
             width = config.projection_class_embeddings_input_dim - config.addition_time_embed_dim * ids[0].numel()
-            check_rows("added_cond_kwargs['text_embeds']", added["text_embeds"], latents, width)
+            text_embeds = check_floating(names["text_embeds"], added["text_embeds"])
+            check_rows(names["text_embeds"], text_embeds, latents, width)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What ``ncp.to(...)`` does: convert the encoder's own copies; what is the user's, the user moves."""

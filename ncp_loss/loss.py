@@ -14,9 +14,11 @@ from .checks import (
     bad,
     check_choice,
     check_count,
+    check_flag,
     check_generator,
     check_latents,
     check_pairs,
+    check_timesteps,
     expand_timesteps,
 )
 from .difference import DIFFERENCES, choose, stencil
@@ -98,6 +100,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         check_choice("weighting", weighting, (None, "noise"))
         check_choice("impl", impl, ("eager", "triton"))
         check_count("chunk_size", chunk_size, "None or a positive int", None)
+        check_flag("normalize", normalize)
+        check_flag("checkpoint", checkpoint)
+        if call is not None and not callable(call):
+            raise bad("call", "None or a function that calls the model", type(call).__name__, TypeError)
         if impl == "triton":
             importlib.import_module("ncp_loss.fused")  # what was asked for by name and is not there is an error, now
         check_choice("reduction", reduction, REDUCTIONS)
@@ -174,6 +180,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         """
         check_reverse_mode(model_pred)
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
+        check_flag("pairs", pairs)
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
         timesteps = expand_timesteps(timesteps, noisy_latents)
         check_generator("generator", generator)
@@ -243,7 +250,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
 
         Args:
             latents: at the noise level of ``timesteps``, (B, C, H, W).
-            timesteps: int64 or float, 0-dim or (B,).
+            timesteps: in [0, T], int64 or float, 0-dim or (B,).
             encoder_hidden_states: the text condition, (B, L, D).
             **model_kwargs: passed to the model's forward.
 
@@ -251,8 +258,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
         """
         check_latents("latents", latents, self._encoder.channels)
+        timesteps = check_timesteps(expand_timesteps(timesteps, latents), len(self.schedule), whole=False)
         conditioning = self._encoder.conditioned(latents, encoder_hidden_states, model_kwargs)
-        return self._encoder(latents, expand_timesteps(timesteps, latents), conditioning, latents.dtype)
+        return self._encoder(latents, timesteps, conditioning, latents.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
         """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""

@@ -20,6 +20,7 @@ from .checks import (
     check_like,
     check_number,
     check_tensor,
+    check_timesteps,
     values_are_free,
 )
 
@@ -99,8 +100,8 @@ def dpo_loss(
     )
     check_choice("loss_type", loss_type, LOSS_TYPES)
     beta = _check_beta(beta, chosen_error)
-    _check_weight("sft_weight", sft_weight)
-    check_number("label_smoothing", label_smoothing, "in [0, 0.5)", lambda s: 0 <= s < 0.5)
+    sft_weight = _check_weight("sft_weight", sft_weight)
+    label_smoothing = check_number("label_smoothing", label_smoothing, "in [0, 0.5)", lambda s: 0 <= s < 0.5)
     if label_smoothing and loss_type not in ("sigmoid", "robust"):
         raise bad("label_smoothing", f"0 for loss_type={loss_type!r}", repr(label_smoothing))
     margin = _margin(chosen_error, rejected_error, ref_chosen_error, ref_rejected_error)
@@ -157,7 +158,7 @@ def cpo_loss(
     """
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error)
     beta = _check_beta(beta, chosen_error)
-    _check_weight("sft_weight", sft_weight)
+    sft_weight = _check_weight("sft_weight", sft_weight)
     loss = -logsigmoid(beta * _margin(chosen_error, rejected_error))
     return reduce_batch(loss + sft_weight * chosen_error.to(loss.dtype), reduction)
 
@@ -216,10 +217,9 @@ def mapo_loss(
     """
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error)
     beta = _check_beta(beta, chosen_error)
-    for name, value in (("scale", scale), ("steps", steps)):
-        check_number(name, value)
+    scale, T = check_number("scale", scale), check_number("steps", steps)
     chosen, rejected = (e.to(_computed_in(e)) for e in (chosen_error, rejected_error))
-    logits = steps * (_odds(scale * chosen) - _odds(scale * rejected))
+    logits = T * (_odds(scale * chosen) - _odds(scale * rejected))
     return reduce_batch(chosen - beta * logsigmoid(logits), reduction)
 
 
@@ -271,15 +271,10 @@ def kto_loss(
         raise bad("desirable", "a bool tensor", desirable.dtype, TypeError)
     _check_shaped("desirable", desirable, "error", error)
     beta = _check_beta(beta, error)
-    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        _check_weight(name, weight)
+    desirable_weight = _check_weight("desirable_weight", desirable_weight)
+    undesirable_weight = _check_weight("undesirable_weight", undesirable_weight)
     gain = ref_error.to(_computed_in(ref_error)) - error
-    if kl is None:
-        kl = gain.mean()
-    elif not isinstance(kl, Tensor):
-        kl = gain.new_zeros(()) + check_number("kl", kl, "a number", lambda x: True)
-    elif kl.ndim:
-        raise bad("kl", "a number or a 0-dim tensor", f"shaped {tuple(kl.shape)}")
+    kl = gain.mean() if kl is None else _check_kl(kl, gain)
     advantage = beta * (gain - kl.detach().clamp(min=0))
     liked, disliked = desirable_weight * (-advantage).sigmoid(), undesirable_weight * advantage.sigmoid()
     return reduce_batch(liked.where(desirable, disliked), reduction)
@@ -313,10 +308,12 @@ def preference_metrics(
     >>> preference_metrics(e.mean(), e, e + 0.5, (e, e), beta=2.0)["rewards/margins"]
     tensor(1.)
     """
-    if ref is not None and (isinstance(ref, Tensor) or len(ref) != 2):
+    if ref is not None and not (isinstance(ref, tuple | list) and len(ref) == 2):
         raise bad("ref", "the reference's errors on winners and on losers, or None", type(ref).__name__, TypeError)
     refs = {} if ref is None else {"ref_chosen_error": ref[0], "ref_rejected_error": ref[1]}
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error, **refs)
+    if check_device("loss", check_floating("loss", loss), "chosen_error", chosen_error).numel() == 0:
+        raise bad("loss", "of one value or more", f"shaped {tuple(loss.shape)}")
     beta, dtype = _check_beta(beta, chosen_error), _computed_in(chosen_error)
     chosen, rejected = chosen_error.to(dtype), rejected_error.to(dtype)
     ref_chosen, ref_rejected = ref or (0.0, 0.0)
@@ -358,8 +355,11 @@ def by_timestep(
     """
     if check_floating("values", values).ndim != 1:
         raise bad("values", "one for each sample or pair, shape (B,)", f"shaped {tuple(values.shape)}")
-    _check_shaped("timesteps", check_tensor("timesteps", timesteps), "values", values)
+    timesteps = check_timesteps(check_tensor("timesteps", timesteps), math.inf, whole=False, low=-math.inf)
+    _check_shaped("timesteps", timesteps, "values", values)
     must_be = "two numbers or more, in rising order"
+    if not isinstance(edges, Sequence):
+        raise bad("edges", must_be, type(edges).__name__, TypeError)
     rising = [check_number("edges", edge, must_be, lambda x: True) for edge in edges]
     if len(rising) < 2 or any(low >= high for low, high in pairwise(rising)):
         raise bad("edges", must_be, repr(edges))
@@ -392,6 +392,14 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
     if values_are_free(beta) and not (beta.isfinite() & (beta > 0)).all():
         raise bad("beta", must_be, beta.tolist())
     return beta.to(_computed_in(errors))
+
+
+def _check_kl(kl: object, gain: Tensor) -> Tensor:
+    if isinstance(kl, Tensor) and check_floating("kl", kl).ndim:
+        raise bad("kl", "a number or a 0-dim tensor", f"shaped {tuple(kl.shape)}")
+    if isinstance(kl, Tensor) and not values_are_free(kl):
+        return check_device("kl", kl, "error", gain)
+    return gain.new_zeros(()) + check_number("kl", kl, "a number", lambda x: True)
 
 
 def _check_weight(name: str, value: object) -> float:

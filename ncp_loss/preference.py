@@ -69,6 +69,7 @@ def ncp_dpo_loss(
     """
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
+    _check_loss(ncp)
     if ref_error is not None and generator is None and ncp.step == "uniform":
         raise bad(
             "ref_error", "None for step='uniform' without a generator, which draws other steps each time", "given"
@@ -130,6 +131,7 @@ def ncp_cpo_loss(
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
+    _check_loss(ncp)
     error, _ = ncp.errors(*inputs, pairs=True, **options)
     chosen, rejected = error.chunk(2)
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
@@ -172,6 +174,12 @@ def ncp_sft_loss(
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
+    _check_loss(ncp)
     error, _ = ncp.errors(*inputs, **options)
     loss = sft_loss(error, reduction=reduction)
     return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})
+
+
+def _check_loss(ncp: object) -> None:
+    if not callable(getattr(ncp, "errors", None)):
+        raise bad("ncp", "a NoiseConditionedPerceptualLoss", type(ncp).__name__, TypeError)

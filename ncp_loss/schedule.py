@@ -9,7 +9,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import bad, check_choice, check_generator, check_number, check_timesteps, values_are_free
+from .checks import (
+    bad,
+    check_choice,
+    check_count,
+    check_flag,
+    check_floating,
+    check_generator,
+    check_number,
+    check_timesteps,
+    values_are_free,
+)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_PREDICTION_TYPES = ("flow", "sample")
@@ -24,9 +34,7 @@ def constant_to_compilers(function: F) -> F:
 
 
 def check_step(step: object) -> None:
-    named = isinstance(step, str) and step in ("uniform", "clean")
-    if not named and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
-        raise bad("step", "a positive int, 'uniform' or 'clean'", repr(step))
+    check_count("step", step, "a positive int, 'uniform' or 'clean'", "uniform", "clean")
 
 
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ class _Settings(NamedTuple):
     prediction_type: str
     flows: bool
     shift: float | None
-    steps: int
+    steps: int | None
 
     @classmethod
     def of(cls, scheduler: Any) -> _Settings:
@@ -70,7 +78,8 @@ class _Settings(NamedTuple):
         product = product if isinstance(product, Tensor) and product.device.type == "cpu" else None
         versions = _version(betas), _version(product)
         prediction_type = getattr(config, "prediction_type", None)
-        flows = getattr(config, "use_flow_sigmas", False) or prediction_type == "flow_prediction"
+        of_flow = isinstance(prediction_type, str) and prediction_type == "flow_prediction"
+        flows = getattr(config, "use_flow_sigmas", False) or of_flow
         given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
         shift = getattr(config, "flow_shift", None) if flows else given
         if shift is not None and getattr(config, "use_dynamic_shifting", False):
@@ -78,9 +87,11 @@ class _Settings(NamedTuple):
         if getattr(config, "invert_sigmas", False):
             shift = None
         flows = flows or not isinstance(betas, Tensor)
-        predicted = prediction_type or ("flow" if flows else "epsilon")
-        predicted = "flow" if predicted == "flow_prediction" else predicted
-        return cls(betas, product, versions, predicted, flows, shift, getattr(config, "num_train_timesteps", 0))
+        if of_flow or prediction_type is None:
+            prediction_type = "flow" if flows else "epsilon"
+        return cls(
+            betas, product, versions, prediction_type, flows, shift, getattr(config, "num_train_timesteps", None)
+        )
 
     def differ(self, now: _Settings) -> bool:
         of_betas = self.betas is not now.betas or self.versions[0] != now.versions[0]
@@ -120,12 +131,12 @@ class NoiseSchedule:
     def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         must_be, b = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1", None
+        if isinstance(betas, Tensor):
+            check_floating("betas", betas)
         try:
-            if isinstance(betas, Tensor) and betas.is_complex():
-                raise TypeError
             b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
             good = b.ndim == 1 and len(b) > 0 and bool(((1 - b < 1) & (b <= 1)).all())
-        except (TypeError, ValueError, RuntimeError):  # a string, a ragged list, values that are not there
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # text, a ragged list, values that are not there
             raise bad("betas", must_be, type(betas).__name__, TypeError) from None
         if not good:
             raise bad("betas", must_be, f"of shape {tuple(b.shape)}, {b}")
@@ -162,7 +173,7 @@ class NoiseSchedule:
         if isinstance(scheduler, NoiseSchedule):
             return scheduler
         read = _Settings.of(scheduler)
-        if read.flows and (read.shift is None or not read.steps):
+        if read.flows and (read.shift is None or read.steps is None):
             must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
             raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
         if read.flows:
@@ -264,10 +275,11 @@ class NoiseSchedule:
         check_step(step)
         check_generator("generator", generator)
         timesteps = self._check_given(timesteps)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise bad("dtype", "a floating-point torch.dtype", repr(dtype), TypeError)
-        if pairs and (timesteps.ndim != 1 or len(timesteps) % 2):
-            must_be = "an even batch, (2B,): winners first, then their losers"
+        check_flag("pairs", pairs)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+            raise bad("dtype", "a floating-point torch.dtype of 16 bits or more", repr(dtype), TypeError)
+        if timesteps.ndim != 1 or (pairs and len(timesteps) % 2):
+            must_be = "an even batch, (2B,): winners first, then their losers" if pairs else "of shape (B,)"
             raise bad("timesteps", must_be, f"shaped {tuple(timesteps.shape)}")
         t = timesteps.long() if self._whole else timesteps
         if step == "uniform" and pairs:
@@ -287,7 +299,7 @@ class NoiseSchedule:
     def _at(self, which: int, t: Tensor) -> Tensor:
         """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
         dtype = torch.float32 if t.device.type == "mps" else torch.float64
-        return _tables(self, None, t.device, dtype)[which][t.long()]
+        return _tables(self, None, t.device, dtype)[which][t.long()[None]][0]  # a 0-dim index alone would be read
 
     def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and s of the step from ``t`` to ``after``, in float64."""
@@ -342,10 +354,10 @@ def check_noisy(schedule: NoiseSchedule, noisy_latents: Tensor, timesteps: Tenso
 
 def _betas(scheduler: Any) -> Tensor:
     """A scheduler's betas; those of its ``alphas_cumprod`` where that is not their product."""
-    betas: Tensor = scheduler.betas.to("cpu", torch.float64)
-    product = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(product, Tensor) and not product.is_meta:
-        product = product.to("cpu", torch.float64)
+    betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
+    if betas.ndim == 1 and not betas.is_meta and product is not None and not getattr(product, "is_meta", False):
+        product = check_floating("schedule.alphas_cumprod", product).to("cpu", torch.float64)
+        betas = betas.to("cpu", torch.float64)
         if product.shape != betas.shape or not product.isfinite().all():
             must_be = f"a scheduler with {len(betas)} finite `alphas_cumprod`, one for each of its `betas`"
             raise bad("schedule", must_be, f"{type(scheduler).__name__} with {product}")

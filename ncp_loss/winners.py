@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -40,7 +41,11 @@ def absolute_winners(rows: Iterable[Row]) -> list[Row]:
     # By prompt and image: the number of the last row that it won, or None once it has lost or drawn.
     last: defaultdict[Hashable, dict[Hashable, int | None]] = defaultdict(dict)
     kept: dict[int | None, Row] = {}
-    for number, row in enumerate(rows):
+    try:
+        numbered = enumerate(rows)
+    except (TypeError, NotImplementedError):
+        raise bad("rows", "an iterable of mappings", type(rows).__name__, TypeError) from None
+    for number, row in numbered:
         caption, winner, loser, tie = _read(row, number)
         images = last[caption]
         kept.pop(images.get(loser), None)
@@ -59,17 +64,18 @@ def _read(row: Mapping[str, Any], number: int) -> tuple[Hashable, Hashable, Hash
     try:
         caption, first, second = row["caption"], row["image_0_uid"], row["image_1_uid"]
         labels = row["label_0"], row["label_1"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         must_be = f"a mapping with {', '.join(COLUMNS)}"
         if not isinstance(row, Mapping):
             raise bad(f"rows[{number}]", must_be, type(row).__name__, TypeError) from None
         raise bad(f"rows[{number}]", must_be, f"one with {', '.join(row)}") from None
     for value in (caption, first, second):
-        if value is None or value != value:  # NaN is pandas' None
-            raise bad(f"rows[{number}]'s caption, image_0_uid, image_1_uid", "given", repr((caption, first, second)))
+        if not isinstance(value, str | bytes | numbers.Real) or value != value:  # NaN is pandas' None
+            name, was = f"rows[{number}]'s caption, image_0_uid, image_1_uid", repr((caption, first, second))
+            raise bad(name, "given, as text or a number", was)
     try:
         share = SHARES[labels] if labels in SHARES else SHARES[float(labels[0]), float(labels[1])]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         must_be = "1 and 0, 0 and 1, or 0.5 and 0.5 for a tie"
         raise bad(f"rows[{number}]'s label_0, label_1", must_be, f"{labels[0]!r} and {labels[1]!r}") from None
     return (caption, first, second, share == 0.5) if share else (caption, second, first, False)

@@ -1,434 +1,638 @@
-"""A bad argument is named and told what it must be: one row for each way to be wrong."""
+"""Every argument of every public function, given everything on one list of wrong things."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
-from functools import cache, partial
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler
-from models import batch, sdxl
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from models import sdxl
 from torch import Tensor, nn
-from users import small
+from users import batch, small
 
+import ncp_loss
+from ncp_loss import FlowSchedule, NoiseSchedule
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
-from ncp_loss import (
-    NoiseSchedule,
-    by_timestep,
-    cpo_loss,
-    dpo_loss,
-    frozen_view,
-    kto_loss,
-    mapo_loss,
-    ncp_cpo_loss,
-    ncp_dpo_loss,
-    ncp_sft_loss,
-    preference_metrics,
-    sft_loss,
-)
+from ncp_loss.objectives import LOSS_TYPES
 
-SIZE = {"height": 8, "width": 8}
-NAN, INF = float("nan"), float("inf")
-ONES, EIGHT = torch.ones(4), torch.ones(8)
-Call = Callable[..., Any]
+# What is given in place of a good argument: each is a function of the good one.
 
 
-class Bad(NamedTuple):
-    """A call that must raise ``error``, with a message that starts with ``message``."""
+class Marked(Tensor):
+    """A subclass of Tensor that adds nothing."""
+
+
+class OtherModel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Tiny(nn.Module):
+    """A model that is called like a U-Net and is no more than its first layer, so that losses on it are quick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        return self.conv_in(x)
+
+
+@functools.cache
+def scripted() -> nn.Module:
+    return torch.jit.script(OtherModel())
+
+
+def tensor(good: Any) -> Tensor:
+    return good.detach() if isinstance(good, Tensor) else torch.tensor([1.0, 2.0])
+
+
+def floating(good: Any) -> Tensor:
+    x = tensor(good)
+    return x if x.is_floating_point() else x.float()
+
+
+def typo(good: Any) -> Any:
+    return good + "s" if isinstance(good, str) else "typo"
+
+
+WRONG: dict[str, Callable[[Any], Any]] = {
+    **{
+        name: lambda _, value=value: value
+        for name, value in {
+            "None": None,
+            "True": True,
+            "no text": "",
+            "digits": "1",
+            "bytes": b"1",
+            "list": [1.0, 2.0],
+            "empty list": [],
+            "ragged list": [[1.0], [2.0, 3.0]],
+            "list of None": [None],
+            "list of text": ["a", "b"],
+            "dict": {"a": 1},
+            "set": {1, 2},
+            "Decimal": Decimal("0.25"),
+            "complex": 2j,
+            "NaN": float("nan"),
+            "inf": float("inf"),
+            "-inf": -float("inf"),
+            "negative": -3,
+            "zero": 0,
+            "fraction": 0.25,
+            "whole": 2,
+            "huge": 10**400,
+            "object": object(),
+            "callable": len,
+            "class": dict,
+            "slice": slice(2),
+            "NumPy generator": np.random.default_rng(0),
+            "dtype of integers": torch.int64,
+            "dtype of one byte": torch.float8_e5m2,
+            "device": torch.device("cpu"),
+            "NumPy array": np.ones(2),
+            "NumPy float": np.float32(0.25),
+            "NumPy int": np.int64(2),
+            "NumPy NaN": np.float64("nan"),
+            "NumPy bool": np.bool_(True),
+            "Fraction": Fraction(1, 4),
+            "model": OtherModel(),
+        }.items()
+    },
+    "generator": lambda _: torch.Generator(),
+    "Python generator": lambda _: (x for x in "ab"),
+    "ScriptModule": lambda _: scripted(),
+    "a list of it": lambda good: [good],
+    "typo": typo,
+    # tensors
+    "0-dim": lambda _: torch.tensor(0.25),
+    "0-dim NaN": lambda _: torch.tensor(float("nan")),
+    "0-dim meta": lambda _: torch.tensor(0.25, device="meta"),
+    "of two": lambda _: torch.tensor([0.25, 2.0]),
+    "no rows": lambda good: tensor(good)[:0],
+    "one row fewer": lambda good: tensor(good)[1:],
+    "one row more": lambda good: torch.cat([tensor(good), tensor(good)[:1]]),
+    "without rows": lambda good: tensor(good)[0],
+    "with a rank more": lambda good: tensor(good)[:, None],
+    "with a rank before": lambda good: tensor(good)[None],
+    "narrower": lambda good: tensor(good).unsqueeze(-1).expand(*tensor(good).shape, 3),
+    "of complex": lambda good: tensor(good) * 1j,
+    "of bool": lambda good: tensor(good).bool(),
+    "of int64": lambda good: tensor(good).long(),
+    "of uint8": lambda good: tensor(good).byte(),
+    "of uint16": lambda good: tensor(good).to(torch.uint16),
+    "of float8": lambda good: floating(good).to(torch.float8_e4m3fn),
+    "of NaN": lambda good: torch.full_like(floating(good), float("nan")),
+    "of inf": lambda good: torch.full_like(floating(good), float("inf")),
+    "below all": lambda good: torch.full_like(floating(good), -3.0),
+    "halves": lambda good: torch.full_like(floating(good), 0.5),
+    "sparse": lambda good: tensor(good).to_sparse(),
+    "nested": lambda good: torch.nested.nested_tensor([*tensor(good)]),
+    "jagged": lambda good: torch.nested.nested_tensor([x.reshape(-1) for x in tensor(good)], layout=torch.jagged),
+    "quantised": lambda good: torch.quantize_per_tensor(floating(good).float(), 0.1, 0, torch.qint8),
+    "on meta": lambda good: tensor(good).to("meta"),
+    "NumPy array of it": lambda good: tensor(good).numpy(),
+    "list of its values": lambda good: tensor(good).tolist(),
+    "requires grad": lambda good: floating(good).clone().requires_grad_(),
+    "subclass": lambda good: tensor(good).as_subclass(Marked),
+    "parameter": lambda good: nn.Parameter(floating(good), requires_grad=False),
+    "in other strides": lambda good: torch.stack([tensor(good)] * 2, -1)[..., 0],
+}
+
+# What is right all the same, by the kind of argument.
+NUMBER = {"fraction", "whole", "NumPy float", "NumPy int", "Fraction", "0-dim", "without rows"}
+NOT_NEGATIVE = NUMBER | {"zero"}
+ANY_NUMBER = NOT_NEGATIVE | {"negative"}
+WHOLE = {"whole"}
+DENSE = {"requires grad", "subclass", "parameter", "in other strides"}
+ROWS = DENSE | {"of NaN", "of inf", "below all", "halves"}  # data, whose values are its own affair
+TIMES = DENSE | {"of int64", "of uint8"}
+SMALL_BATCH_TIMES = TIMES | {"0-dim"}
+FLAG = {"True"}
+GENERATOR = {"None", "generator"}
+SHAPES = {
+    "no rows",
+    "one row fewer",
+    "one row more",
+    "without rows",
+    "with a rank more",
+    "with a rank before",
+    "narrower",
+}
+# Numbers, for arguments that are none; of others, what is right is compared with the good value or with itself.
+EQUIVALENT = {"NumPy float": 0.25, "NumPy int": 2, "Fraction": 0.25, "0-dim": 0.25, "without rows": 1.0}
+NOT_COMPARED = {
+    "on meta",
+    "0-dim NaN",
+    "0-dim meta",
+    "of NaN",
+    "of inf",
+    "below all",
+    "halves",
+    "generator",
+    "callable",
+    "class",
+    "model",
+    "ScriptModule",
+}
+
+
+class Argument(NamedTuple):
+    """A good value, what else is right, and the name that messages give it."""
+
+    good: Any
+    right: Iterable[str] = ()
+    named: str = ""
+    equivalent: Mapping[str, Any] = {}
+
+
+class Use(NamedTuple):
+    """A public function with good arguments."""
 
     id: str
-    call: Callable[[], Any]
-    message: str
-    error: type[Exception] = ValueError
+    call: Callable[..., Any]
+    arguments: Mapping[str, Argument]
+    tried: Iterable[str] = ()  # of these; without any, all
 
 
-@cache
+@functools.cache
 def unet() -> nn.Module:
     return small(torch.float32)
 
 
-@cache
+@functools.cache
 def ncp() -> NCP:
     return NCP(unet())
 
 
-@cache
+@functools.cache
+def tiny() -> NCP:
+    return NCP(Tiny().requires_grad_(False), "conv_in")
+
+
+@functools.cache
 def xl() -> NCP:
     return NCP(sdxl(dtype=torch.float32), "down_blocks.0")
 
 
-def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """With some arguments replaced, by a value or by a function of what was there."""
-    new = {k: v(arguments[k].detach()) if callable(v) else v for k, v in changes.items()}
-    return arguments | new
+def errors_of(built: NCP) -> Tensor:
+    return built.errors(**batch(unet())).error
 
 
-def built(id: str, message: str, error: type[Exception] = ValueError, **options: Any) -> Bad:
-    return Bad(f"built {id}", lambda: NCP(**{"unet": unet()} | options), message, error)
+def values(result: Any) -> list[Any]:
+    """What a result says, as a list of tensors and plain objects."""
+    if isinstance(result, NCP):
+        return [errors_of(result)]
+    if isinstance(result, NoiseSchedule):
+        t = torch.arange(len(result))
+        return [*result.reverse_step(t)[:3], result.prediction_type]
+    if isinstance(result, Mapping):
+        return [x for key in result for x in values(result[key])]
+    if isinstance(result, tuple | list):
+        return [x for item in result for x in values(item)]
+    return [] if result is None else [result]
 
 
-def errors(id: str, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
-    return Bad(id, lambda: ncp().errors(**changed(batch(unet(), **SIZE), changes)), message, error)
-
-
-def pairs(id: str, message: str, error: type[Exception] = ValueError, use: Call = ncp_dpo_loss, **changes: Any) -> Bad:
-    return Bad(f"pairs {id}", lambda: use(ncp(), **changed(batch(unet(), pairs=True, **SIZE), changes)), message, error)
-
-
-def xl_errors(**changes: Any) -> Any:
-    return xl().errors(**changed(batch(xl()._encoder.view, **SIZE), changes))
-
-
-def added(id: str, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
-    cond = batch(xl()._encoder.view, **SIZE)["added_cond_kwargs"]
-    return Bad(f"added {id}", partial(xl_errors, added_cond_kwargs=changed(cond, changes)), message, error)
-
-
-def objective(use: Call, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
-    return Bad(f"{use.__name__} {changes}"[:70], lambda: use(**changed(GOOD[use], changes)), message, error)
-
-
-def on_meta(x: Tensor) -> Tensor:
-    return x.to("meta")
-
-
-PAIR = ("chosen_error", "rejected_error")
-GOOD: dict[Call, dict[str, Any]] = {
-    dpo_loss: dict.fromkeys((*PAIR, "ref_chosen_error", "ref_rejected_error"), torch.ones(4)),
-    cpo_loss: dict.fromkeys(PAIR, torch.ones(4)),
-    sft_loss: dict.fromkeys(PAIR[:1], torch.ones(4)),
-    mapo_loss: dict.fromkeys(PAIR, torch.ones(4)),
-    kto_loss: {"error": torch.ones(4), "ref_error": torch.ones(4), "desirable": torch.ones(4).bool()},
-    preference_metrics: {
-        **dict.fromkeys(("loss", *PAIR), torch.ones(4)),
-        "ref": (torch.ones(4), torch.ones(4)),
-        "beta": 1.0,
-    },
-    by_timestep: {"values": torch.ones(4), "timesteps": torch.tensor([1, 2, 3, 4])},
-}
-WRONG_SHAPE: dict[str, Callable[[Tensor], Tensor]] = {
-    "rank": lambda x: x[0],
-    "channels": lambda x: x[:, :3],
-    "batch": lambda x: x[:1],
-    "width": lambda x: x[..., :4],
-}
-LIKE_LATENTS = ("model_pred", "target", "ref_pred", "variance_noise")
-ROWS: list[Bad] = []
-
-for name in LIKE_LATENTS:
-    ROWS += [
-        errors(f"{name}: {what}", f"{name} must be shaped like noisy_latents, shaped (2, 4, 8, 8)", **{name: wrong})
-        for what, wrong in WRONG_SHAPE.items()
-    ]
-for name in ("noisy_latents", *LIKE_LATENTS):
-    ROWS += [
-        errors(f"{name}: integer", f"{name} must be a floating-point tensor", TypeError, **{name: Tensor.long}),
-        errors(f"{name}: bytes", f"{name} must be a floating-point tensor", TypeError, **{name: Tensor.byte}),
-        errors(f"{name}: list", f"{name} must be a tensor; it was list", TypeError, **{name: [1.0]}),
-    ]
-ROWS += [
-    *[
-        errors(f"{name}: device", f"{name} must be on the device of noisy_latents", **{name: on_meta})
-        for name in LIKE_LATENTS
-    ],
-    errors("noisy_latents: rank", "noisy_latents must be shaped (B, 4, H, W)", noisy_latents=lambda x: x[0]),
-    errors("noisy_latents: channels", "noisy_latents must be shaped (B, 4, H, W)", noisy_latents=lambda x: x[:, :3]),
-    errors("noisy_latents: device", "target must be on the device of noisy_latents, meta", noisy_latents=on_meta),
-    Bad("no rows", lambda: ncp().errors(**{k: v[:0] for k, v in batch(unet(), **SIZE).items()}), "noisy_latents must"),
-    # timesteps
-    errors("timesteps: negative", "timesteps must be in [0, 1000); it was in [-1, 5]", timesteps=torch.tensor([-1, 5])),
-    errors("timesteps: T", "timesteps must be in [0, 1000); it was in [5, 1000]", timesteps=torch.tensor([5, 1000])),
-    errors("timesteps: past T", "timesteps must be in [0, 1000)", timesteps=torch.tensor(2000)),
-    errors("timesteps: fraction", "timesteps must be whole numbers", timesteps=torch.tensor([3.5, 5.0])),
-    errors(
-        "timesteps: nan", "timesteps must be in [0, 1000); it was in [nan, nan]", timesteps=torch.tensor([NAN, 5.0])
-    ),
-    errors("timesteps: batch", "timesteps must be 0-dimensional or of shape (2,)", timesteps=lambda t: t[:1]),
-    errors("timesteps: rank", "timesteps must be 0-dimensional or of shape (2,)", timesteps=lambda t: t[:, None]),
-    errors("timesteps: int", "timesteps must be a tensor; it was int", TypeError, timesteps=5),
-    errors("timesteps: list", "timesteps must be a tensor; it was list", TypeError, timesteps=[5, 6]),
-    errors("timesteps: device", "timesteps must be on the device of noisy_latents", timesteps=on_meta),
-    # text
-    errors("text: none", "encoder_hidden_states must be given", encoder_hidden_states=None),
-    errors("text: list", "encoder_hidden_states must be a tensor", TypeError, encoder_hidden_states=["a", "cat"]),
-    errors("text: batch", "encoder_hidden_states must be one row per sample, 2", encoder_hidden_states=lambda c: c[:1]),
-    errors("text: no batch", "encoder_hidden_states must be one row per", encoder_hidden_states=lambda c: c[0]),
-    errors("text: rank", "encoder_hidden_states must be", encoder_hidden_states=lambda c: c[:, 0]),
-    errors("text: width", "encoder_hidden_states must be", encoder_hidden_states=lambda c: c[..., :7]),
-    errors("text: token ids", "encoder_hidden_states must be", TypeError, encoder_hidden_states=Tensor.long),
-    errors("text: device", "encoder_hidden_states must be on", encoder_hidden_states=on_meta),
-]
-
-for name in ("text_embeds", "time_ids"):
-    key = f"added_cond_kwargs['{name}'] must be"
-    ROWS += [
-        added(f"{name}: batch", f"{key} one row per sample, 2", **{name: lambda x: x[:1]}),
-        added(f"{name}: no batch", f"{key} one row per sample, 2", **{name: lambda x: x[0]}),
-        added(f"{name}: width", "added_cond_kwargs", **{name: lambda x: x[:, :3]}),
-        added(f"{name}: device", f"{key} on", **{name: on_meta}),
-        added(f"{name}: list", f"{key} a tensor", TypeError, **{name: [[1.0]]}),
-    ]
-ROWS.append(added("text_embeds: rank", "added_cond_kwargs['text_embeds'] must be", text_embeds=lambda x: x[:, None]))
-ROWS += [
-    Bad(
-        f"added: {list(value or [])}",
-        partial(xl_errors, added_cond_kwargs=value),
-        "added_cond_kwargs must be a dict with text_embeds and time_ids",
+def agree(one: Any, two: Any) -> bool:
+    a, b = values(one), values(two)
+    return len(a) == len(b) and all(
+        bool(x.isfinite().all()) and torch.allclose(x.double(), y.double(), rtol=1e-5)
+        if isinstance(x, Tensor) and isinstance(y, Tensor)
+        else x == y
+        for x, y in zip(a, b, strict=True)
     )
-    for value in (None, {}, {"text_embeds": torch.ones(2, 8)}, {"time_ids": torch.ones(2, 6)})
+
+
+def exists(kind: str, good: Any) -> bool:
+    """Whether there is such a thing: what has no rows cannot have one fewer."""
+    try:
+        WRONG[kind](good)
+    except (RuntimeError, IndexError, TypeError):
+        return False
+    return True
+
+
+def is_told(error: Exception, name: str) -> bool:
+    """Whether a refusal names the argument, what it must be and what it was."""
+    told = re.search(rf"(?<!\w)({name})(?!\w)", str(error)) and re.search(
+        " must (be|have) .*; it was .", str(error), re.S
+    )
+    return bool(told) and type(error) in (ValueError, TypeError)
+
+
+def complaint(call: Callable[..., Any], good: Mapping[str, Any], name: str, argument: Argument, kind: str) -> str:
+    """What is wrong with what a call makes of a wrong argument; nothing, where it is refused by name or right."""
+    if not exists(kind, argument.good):
+        return ""
+    wrong = WRONG[kind](argument.good)
+    right = kind in argument.right
+    try:
+        result = call(**{**good, name: wrong})
+    except Exception as error:
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        return told if right or not is_told(error, argument.named or name) else ""
+    if not right:
+        return f"accepted, with {str(result)[:60]}"
+    if kind in NOT_COMPARED or (kind == "no rows" and isinstance(argument.good, Tensor)):
+        return ""
+    numbers = {} if isinstance(argument.good, Tensor) and kind in SHAPES | {"0-dim"} else EQUIVALENT
+    same = argument.good if isinstance(argument.good, Tensor) and kind in DENSE | TIMES else wrong
+    equivalent = argument.equivalent.get(kind, numbers.get(kind, same))
+    return "" if agree(result, call(**{**good, name: equivalent})) else f"not right: {str(result)[:60]}"
+
+
+# The public functions.
+
+CHOICE: tuple[str, ...] = ()
+E = {
+    name: Argument(torch.tensor(v), ROWS)
+    for name, v in (("chosen_error", [0.1, 0.2, 0.3, 0.4]), ("rejected_error", [0.4, 0.3, 0.2, 0.1]))
+}
+REF = {f"ref_{name}": Argument(argument.good + 0.1, ROWS) for name, argument in E.items()}
+REDUCTION = Argument("mean")
+BETA = Argument(2.0, NUMBER - {"0-dim", "without rows"})
+BETAS_EACH = Argument(torch.tensor([1.0, 2.0, 3.0, 4.0]), set(BETA.right) | DENSE | {"halves"})
+WEIGHT = Argument(1.0, NOT_NEGATIVE)
+LIKED = Argument(torch.tensor([True, False, True, False]), {"of bool", "subclass", "in other strides"})
+
+
+def every_loss_type(**arguments: Any) -> list[Tensor]:
+    smoothed = {"label_smoothing": arguments.pop("label_smoothing")}
+    return [
+        ncp_loss.dpo_loss(**arguments, loss_type=name, **(smoothed if name in ("sigmoid", "robust") else {}))
+        for name in LOSS_TYPES
+    ]
+
+
+DPO = {
+    **E,
+    **REF,
+    "beta": BETA,
+    "label_smoothing": Argument(0.1, NOT_NEGATIVE - {"whole", "NumPy int", "without rows"}),
+    "sft_weight": WEIGHT,
+    "reduction": REDUCTION,
+}
+KTO = {
+    "error": E["chosen_error"],
+    "ref_error": E["rejected_error"],
+    "desirable": LIKED,
+    "beta": BETA,
+    "kl": Argument(0.1, ANY_NUMBER | {"None"}),
+    "desirable_weight": WEIGHT,
+    "undesirable_weight": WEIGHT,
+    "reduction": REDUCTION,
+}
+USES = [
+    Use("dpo_loss", every_loss_type, DPO),
+    Use("dpo_loss, beta for each pair", every_loss_type, {**DPO, "beta": BETAS_EACH}, ["beta"]),
+    Use("dpo_loss", ncp_loss.dpo_loss, {**E, **REF, "loss_type": Argument("sigmoid")}),
+    Use("cpo_loss", ncp_loss.cpo_loss, {**E, "beta": BETA, "sft_weight": WEIGHT, "reduction": REDUCTION}),
+    Use(
+        "sft_loss",
+        ncp_loss.sft_loss,
+        {
+            "chosen_error": Argument(
+                E["chosen_error"].good, ROWS | {"of two", "one row fewer", "one row more", "on meta"}
+            ),
+            "reduction": REDUCTION,
+        },
+    ),
+    Use(
+        "mapo_loss",
+        ncp_loss.mapo_loss,
+        {**E, "beta": BETA, "scale": Argument(0.5, NUMBER), "steps": Argument(1000, NUMBER), "reduction": REDUCTION},
+    ),
+    Use("kto_loss", ncp_loss.kto_loss, KTO),
+    Use(
+        "preference_metrics",
+        ncp_loss.preference_metrics,
+        {
+            "loss": Argument(
+                torch.tensor([0.5, 0.7]), ROWS | (SHAPES - {"no rows"}) | {"0-dim", "0-dim NaN", "of two"}
+            ),
+            **E,
+            "ref": Argument(tuple(a.good for a in REF.values()), {"None"}, "ref|ref_chosen_error"),
+            "beta": BETAS_EACH,
+        },
+    ),
+    Use(
+        "by_timestep",
+        ncp_loss.by_timestep,
+        {
+            "values": Argument(torch.tensor([1.0, 2.0, 3.0]), ROWS),
+            "timesteps": Argument(torch.tensor([1, 3, 5]), TIMES | {"of inf", "below all", "halves"}),
+            "edges": Argument((0, 2, 4, 6), {"list", "list of its values"}),
+        },
+    ),
 ]
 
-SAME = "must be the same for both members of a pair (winners first, then losers)"
-BETA, SMOOTHING = "beta must be a positive number, or a tensor with one for each pair, (B,)", "label_smoothing must be"
-LOSSES = (dpo_loss, cpo_loss, sft_loss, mapo_loss, kto_loss)
-WITH_BETA = (dpo_loss, cpo_loss, mapo_loss, kto_loss, preference_metrics)
-LOSS_TYPES = "'dmpo', 'hinge', 'ipo', 'linear', 'robust', 'sigmoid'"
-ROWS += [
-    pairs("odd", "noisy_latents must be an even batch", noisy_latents=lambda x: x[:3]),
-    pairs("odd, cpo", "noisy_latents must be an even batch", use=ncp_cpo_loss, noisy_latents=lambda x: x[:3]),
-    pairs("timesteps", f"timesteps {SAME}", timesteps=torch.tensor([1, 2, 3, 4])),
-    pairs("timesteps, cpo", f"timesteps {SAME}", use=ncp_cpo_loss, timesteps=torch.tensor([1, 2, 3, 4])),
-    pairs("noise", f"target (the noise) {SAME}", target=torch.randn_like),
-    pairs("variance_noise", f"variance_noise {SAME}", variance_noise=torch.randn_like),
-    # Half the rows: what a loop has before it repeats them for winners and losers.
-    pairs("half the timesteps", "timesteps must be 0-dimensional or of shape (4,)", timesteps=torch.tensor([1, 2])),
-    pairs("half the target", "target must be shaped like noisy_latents", target=lambda x: x[:2]),
-    pairs("half the z", "variance_noise must be shaped like noisy_latents", variance_noise=lambda x: x[:2]),
-    pairs("timesteps: list", "timesteps must be a tensor", TypeError, timesteps=[1, 1, 1, 1]),
-    pairs("variance_noise: list", "variance_noise must be a tensor", TypeError, variance_noise=[1.0]),
-    pairs("both references", "ref_pred, ref_error must be given one without the other", ref_error=torch.ones(4)),
-    pairs("no reference", "ref_pred, ref_error must be given one without the other", ref_pred=None),
-    *[
-        pairs(f"ref_error: {id}", f"ref_error must be {must}", error, ref_pred=None, ref_error=value)
-        for id, value, must, error in [
-            ("column", torch.ones(4, 1), "shaped like the batch's errors, shaped (4,)", ValueError),
-            ("half", torch.ones(2), "shaped like the batch's errors, shaped (4,)", ValueError),
-            ("device", torch.ones(4, device="meta"), "on the device of the batch's errors", ValueError),
-            ("integer", torch.ones(4).long(), "a floating-point tensor", TypeError),
-            ("list", [1.0] * 4, "a tensor", TypeError),
-        ]
-    ],
-    pairs("beta", BETA, beta=0.0),
-    pairs("loss_type", f"loss_type must be one of {LOSS_TYPES}; it was 'kto'", loss_type="kto"),
-    pairs("smoothing", f"{SMOOTHING} in [0, 0.5)", label_smoothing=0.5),
-    pairs("reduction", "reduction must be one of 'mean', 'none', 'sum'; it was 'avg'", reduction="avg"),
-    # the objectives alone
-    *[
-        objective(use, f"{BETA}; it was {beta!r}", error, beta=beta)
-        for use in WITH_BETA
-        for error, values in {ValueError: (0, -1.0, NAN, INF), TypeError: ("2500", None)}.items()
-        for beta in values
-    ],
-    *[objective(use, f"{BETA}; it was list", TypeError, beta=[1.0]) for use in WITH_BETA],
-    *[objective(use, f"{BETA}; it was ", TypeError, beta=True) for use in WITH_BETA],
-    *[
-        objective(use, message, error, beta=beta)
-        for use in WITH_BETA
-        for beta, message, error in [
-            (torch.tensor(1.0), "beta must be shaped like the errors, shaped (4,); it was shaped ()", ValueError),
-            (torch.ones(4, 1), "beta must be shaped like the errors, shaped (4,)", ValueError),
-            (torch.ones(4, device="meta"), "beta must be on the device of the errors, cpu", ValueError),
-            (torch.ones(4).long(), "beta must be a floating-point tensor", TypeError),
-            (torch.tensor([1.0, 0.0, 1.0, 1.0]), f"{BETA}; it was [1.0, 0.0, 1.0, 1.0]", ValueError),
-            (torch.tensor([1.0, 1.0, NAN, 1.0]), f"{BETA}; it was [1.0, 1.0, nan, 1.0]", ValueError),
-        ]
-    ],
-    *[objective(dpo_loss, f"{SMOOTHING} in [0, 0.5)", label_smoothing=value) for value in (0.5, -0.1, 1, NAN)],
-    *[objective(dpo_loss, f"{SMOOTHING} in [0, 0.5)", TypeError, label_smoothing=value) for value in ("0.1", None)],
-    *[
-        objective(dpo_loss, f"{SMOOTHING} 0 for loss_type={name!r}", label_smoothing=0.1, loss_type=name)
-        for name in ("hinge", "ipo", "linear", "dmpo")
-    ],
-    objective(dpo_loss, f"loss_type must be one of {LOSS_TYPES}; it was 'x'", loss_type="x"),
-    *[
-        objective(use, "sft_weight must be a number, not negative", error, sft_weight=value)
-        for use in (dpo_loss, cpo_loss)
-        for value, error in [(-1.0, ValueError), (NAN, ValueError), (INF, ValueError), (None, TypeError)]
-    ],
-    *[
-        objective(mapo_loss, f"{name} must be a positive number; it was ", error, **{name: value})
-        for name in ("scale", "steps")
-        for value, error in [(0, ValueError), (-1, ValueError), (NAN, ValueError), ("1", TypeError), (True, TypeError)]
-    ],
-    *[
-        objective(kto_loss, f"{name} must be a number, not negative; it was -1", **{name: -1})
-        for name in ("desirable_weight", "undesirable_weight")
-    ],
-    objective(kto_loss, "kl must be a number; it was nan", kl=NAN),
-    objective(kto_loss, "kl must be a number; it was '0'", TypeError, kl="0"),
-    objective(kto_loss, "kl must be a number or a 0-dim tensor; it was shaped (4,)", kl=torch.ones(4)),
-    objective(kto_loss, "desirable must be a tensor; it was list", TypeError, desirable=[True] * 4),
-    objective(kto_loss, "desirable must be a bool tensor; it was torch.float32", TypeError, desirable=torch.ones(4)),
-    objective(kto_loss, "desirable must be a bool tensor; it was torch.int64", TypeError, desirable=Tensor.long),
-    objective(kto_loss, "desirable must be shaped like error, shaped (4,)", desirable=lambda x: x[:2]),
-    objective(kto_loss, "desirable must be on the device of error", desirable=on_meta),
-    objective(kto_loss, "ref_error must be shaped like error", ref_error=torch.ones(4, 1)),
-    objective(mapo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(3)),
-    objective(preference_metrics, "ref must be the reference's errors on winners and on losers", TypeError, ref=EIGHT),
-    objective(preference_metrics, "ref_rejected_error must be shaped like chosen_error", ref=(ONES, torch.ones(3))),
-    objective(by_timestep, "values must be one for each sample or pair, shape (B,)", values=torch.ones(4, 1)),
-    objective(by_timestep, "values must be a floating-point tensor", TypeError, values=Tensor.long),
-    objective(by_timestep, "timesteps must be shaped like values, shaped (4,); it was shaped (8,)", timesteps=EIGHT),
-    objective(by_timestep, "timesteps must be a tensor; it was int", TypeError, timesteps=5),
-    objective(by_timestep, "timesteps must be on the device of values", timesteps=on_meta),
-    *[
-        objective(by_timestep, "edges must be two numbers or more, in rising order", edges=edges)
-        for edges in ((), (0,), (0, 0), (500, 0))
-    ],
-    objective(by_timestep, "edges must be two numbers or more, in rising order; it was 'a'", TypeError, edges=("a", 1)),
-    *[objective(use, "reduction must be one of", reduction="avg") for use in LOSSES],
-    objective(dpo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(4, 1)),
-    objective(dpo_loss, "ref_rejected_error must be shaped like chosen_error", ref_rejected_error=torch.ones(1)),
-    objective(dpo_loss, "ref_chosen_error must be on the device of chosen_error", ref_chosen_error=on_meta),
-    objective(dpo_loss, "ref_chosen_error must be a floating-point tensor", TypeError, ref_chosen_error=Tensor.long),
-    objective(cpo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(3)),
-    *[
-        objective(use, "chosen_error must be one error per sample", chosen_error=torch.ones(4, 1))
-        for use in (dpo_loss, sft_loss)
-    ],
-    objective(sft_loss, "chosen_error must be one error per sample", chosen_error=torch.tensor(1.0)),
-    objective(sft_loss, "chosen_error must be a tensor", TypeError, chosen_error=[1.0]),
+
+CONSTRUCTOR = {
+    "unet": Argument(unet(), named="unet|layer"),
+    "layer": Argument("down_blocks", {"a list of it"}, equivalent={"a list of it": "down_blocks"}),
+    "schedule": Argument(NoiseSchedule.from_scheduler(None), {"None"}),
+    "step": Argument(1, WHOLE),
+    "difference": Argument("auto"),
+    "normalize": Argument(False, FLAG),
+    "weighting": Argument("noise", {"None"}),
+    "checkpoint": Argument(False, FLAG),
+    "chunk_size": Argument(1, WHOLE | {"None"}),
+    "call": Argument(
+        lambda model, x, t, **kw: model(x, t, **kw), {"None", "callable", "class", "model", "ScriptModule"}
+    ),
+    "impl": Argument("eager"),
+    "reduction": REDUCTION,
+}
+ARGUMENTS = batch(unet(), timesteps=[10, 50])
+TWO = {name: Argument(ARGUMENTS[name], ROWS) for name in ("model_pred", "target", "noisy_latents")}
+TWO["timesteps"] = Argument(
+    ARGUMENTS["timesteps"], TIMES | {"without rows"}, equivalent={"without rows": torch.tensor([10, 10])}
+)
+TWO["encoder_hidden_states"] = Argument(ARGUMENTS["encoder_hidden_states"], ROWS)
+DRAWS = {
+    "variance_noise": Argument(ARGUMENTS["variance_noise"], ROWS | {"None"}),
+    "generator": Argument(None, GENERATOR),
+}
+ERRORS = {
+    **TWO,
+    **DRAWS,
+    "ref_pred": Argument(ARGUMENTS["ref_pred"], ROWS | {"None"}),
+    "pairs": Argument(False, named="pairs|both members of a pair"),
+}
+XL_ARGUMENTS = batch(xl()._encoder.view, timesteps=[10, 50])
+ADDED = XL_ARGUMENTS.pop("added_cond_kwargs")
+
+
+def of_xl(**added: Any) -> Any:
+    return xl().errors(**XL_ARGUMENTS, added_cond_kwargs=added.pop("added_cond_kwargs", added))
+
+
+PAIR = batch(unet(), pairs=True, timesteps=[10, 50])
+PAIRS = {name: Argument(PAIR[name], TWO[name].right) for name in TWO}
+PAIRS["encoder_hidden_states"] = Argument(
+    PAIR["encoder_hidden_states"], ROWS | {"None", "with a rank more", "narrower"}
+)
+PAIRS["timesteps"] = Argument(
+    PAIR["timesteps"], TIMES | {"without rows"}, equivalent={"without rows": torch.tensor([10] * 4)}
+)
+BETA_OF_TWO = Argument(2.0, {*BETA.right, *DENSE, "of two", "halves"})
+PAIRS |= {"variance_noise": Argument(PAIR["variance_noise"], ROWS | {"None"}), "generator": Argument(None, GENERATOR)}
+PAIRS |= {"ncp": Argument(tiny()), "reduction": REDUCTION}
+USES += [
+    Use("NoiseConditionedPerceptualLoss", NCP, CONSTRUCTOR),
+    Use(
+        "NoiseConditionedPerceptualLoss: layers by weight",
+        lambda weight: NCP(unet(), {"mid_block": weight}),
+        {"weight": Argument(1.0, NUMBER, "layer")},
+    ),
+    Use("ncp", lambda **given: ncp()(**given), {**TWO, **DRAWS}),
+    Use("ncp.errors", lambda **given: ncp().errors(**given), ERRORS),
+    Use("ncp.errors, SDXL", of_xl, {"added_cond_kwargs": Argument(ADDED)}),
+    Use(
+        "ncp.errors, SDXL: conditioning",
+        of_xl,
+        {
+            "text_embeds": Argument(ADDED["text_embeds"], ROWS, "added_cond_kwargs"),
+            "time_ids": Argument(
+                ADDED["time_ids"],
+                ROWS | {"of int64", "of uint8", "with a rank more"},
+                "added_cond_kwargs",
+                {"of uint8": ADDED["time_ids"].byte().float()},
+            ),
+        },
+    ),
+    Use(
+        "ncp.features",
+        lambda **given: ncp().features(**given),
+        {
+            "latents": Argument(ARGUMENTS["noisy_latents"], ROWS, "latents|noisy_latents|timesteps"),
+            "timesteps": Argument(ARGUMENTS["timesteps"], TIMES | {"0-dim", "without rows", "of two", "halves"}),
+            "encoder_hidden_states": TWO["encoder_hidden_states"],
+        },
+    ),
+    Use(
+        "ncp_dpo_loss",
+        ncp_loss.ncp_dpo_loss,
+        {
+            **PAIRS,
+            "beta": BETA_OF_TWO,
+            "label_smoothing": DPO["label_smoothing"],
+            "sft_weight": WEIGHT,
+            "loss_type": Argument("sigmoid"),
+            "ref_pred": Argument(PAIR["ref_pred"], ROWS),
+        },
+    ),
+    Use(
+        "ncp_dpo_loss, error of the reference",
+        ncp_loss.ncp_dpo_loss,
+        {**PAIRS, "ref_error": Argument(torch.ones(4), ROWS)},
+        ["ref_error", "ncp"],
+    ),
+    Use("ncp_cpo_loss", ncp_loss.ncp_cpo_loss, {**PAIRS, "beta": BETA_OF_TWO, "sft_weight": WEIGHT}),
+    Use("ncp_sft_loss", ncp_loss.ncp_sft_loss, PAIRS),
+    Use("frozen_view", ncp_loss.frozen_view, {"model": Argument(unet(), {"model"})}),
 ]
 
-ROWS += [
-    built("with a string", "unet must be a torch.nn.Module; it was str", TypeError, unet="stabilityai/sdxl"),
-    built("with a method", "unet must be a torch.nn.Module; it was method", TypeError, unet=nn.Identity().forward),
-    Bad("view of a string", lambda: frozen_view("sdxl"), "model must be a torch.nn.Module; it was str", TypeError),
-    *[
-        built(f"layer {layer}", f"layer must be {must}", layer=layer)
-        for layer, must in {
-            "": "a module path of the model",
-            "down_block": "a module path of the model, such as ['down_blocks', 'down_blocks.0', 'down_blocks.1'",
-            "down_blocks.7": "a module path of the model, such as ['down_blocks', 'down_blocks.0', ",
-            "down_blocks.-3": "a module path of the model, such as ['down_blocks', 'down_blocks.0', ",
-            "down_blocks.0.resnet.0": "a module path of the model, such as ['down_blocks.0.resnets'",
-            (): "one module path or more",
-            ("down_blocks", "down_blocks.1"): "different modules",
-            ("down_blocks", "down_blocks"): "different modules",
+AS_LISTS = {"NumPy array of it", "list of its values"}
+BETAS = torch.linspace(0.1, 0.2, 60, dtype=torch.float64)
+MOMENTS = {"of NaN", "of inf"}
+
+
+def of_parts(**parts: Any) -> NoiseSchedule:
+    """The schedule of a scheduler that is no more than what is read of one."""
+    config = {"prediction_type": "epsilon", "num_train_timesteps": 60} | {
+        k: parts.pop(k) for k in ("shift", "prediction_type", "num_train_timesteps") if k in parts
+    }
+    return NoiseSchedule.from_scheduler(types.SimpleNamespace(config=types.SimpleNamespace(**config), **parts))
+
+
+for id, make, t in (
+    ("NoiseSchedule", lambda: NoiseSchedule(BETAS), torch.tensor([10, 50])),
+    ("FlowSchedule", lambda: FlowSchedule(3.0, 60), torch.tensor([10.0, 50.0])),
+):
+    between = {"of two"} if id == "FlowSchedule" else set()
+    of_rows = (
+        TIMES
+        | between
+        | {"list", "empty list", "no rows", "one row fewer", "one row more", "NumPy array", "on meta", *AS_LISTS}
+    )
+    anywhere = of_rows | SHAPES | {"zero", "whole", "NumPy int", "0-dim meta"}
+    anywhere |= {"fraction", "NumPy float", "0-dim", "halves"} if between else set()
+    USES += [
+        Use(f"{id}().{method}", lambda make=make, method=method, **given: getattr(make(), method)(**given), arguments)
+        for method, arguments in {
+            "alpha": {"timesteps": Argument(t, anywhere)},
+            "sigma": {"timesteps": Argument(t, anywhere)},
+            "next_timesteps": {
+                "timesteps": Argument(t, anywhere),
+                "step": Argument(1, WHOLE),
+                "generator": Argument(None, GENERATOR),
+            },
+            "reverse_step": {
+                "timesteps": Argument(t, of_rows),
+                "step": Argument(1, WHOLE),
+                "dtype": Argument(torch.float32),
+                "generator": Argument(None, GENERATOR),
+                "pairs": Argument(False, FLAG),
+            },
         }.items()
-    ],
-    *[
-        built(
-            f"weight {weight}",
-            "layer['mid_block'] must be a positive weight; it was",
-            layer={"mid_block": weight},
-        )
-        for weight in (0, -1.0, NAN, float("inf"))
-    ],
-    built("no weights", "layer must be one module path or more", layer={}),
-    built("no layer", "layer must be", TypeError, layer=None),
-    *[
-        built(f"step {x}", "step must be a positive int, 'uniform' or 'clean'", step=x)
-        for x in (0, -1, True, 2.5, "all", None)
-    ],
-    built("difference", "difference must be one of 'auto', ", difference="exact"),
-    built("weighting", "weighting must be one of 'noise', None; it was 'snr'", weighting="snr"),
-    built("impl", "impl must be one of 'eager', 'triton'; it was 'cuda'", impl="cuda"),
-    built("impl: auto", "impl must be one of 'eager', 'triton'; it was 'auto'", impl="auto"),
-    built("difference: gone", "difference must be one of 'auto', 'central', 'literal', 'scaled'", difference="tangent"),
-    built("chunk_size: 0", "chunk_size must be None or a positive int; it was 0", chunk_size=0),
-    built("chunk_size: bool", "chunk_size must be None or a positive int; it was True", chunk_size=True),
-    built("chunk_size: float", "chunk_size must be None or a positive int; it was 2.0", chunk_size=2.0),
-    built("reduction", "reduction must be one of 'mean', 'none', 'sum'", reduction="avg"),
-    *[
-        built(
-            f"schedule {type(x).__name__}",
-            "schedule must be a NoiseSchedule, a diffusers scheduler",
-            TypeError,
-            schedule=x,
-        )
-        for x in ("ddpm", 1000, DDPMScheduler, KarrasVeScheduler())
-    ],
-    built(
-        "epsilon, zero terminal SNR",
-        "prediction_type must be 'v_prediction' or 'sample' for a schedule with zero terminal SNR",
-        schedule=DDPMScheduler(rescale_betas_zero_snr=True),
+    ]
+USES += [
+    Use(
+        "NoiseSchedule",
+        NoiseSchedule,
+        {
+            "betas": Argument(
+                BETAS,
+                DENSE | AS_LISTS | {"one row fewer", "one row more", "halves"},
+                "betas|prediction_type",
+                dict.fromkeys(AS_LISTS, BETAS),
+            ),
+            "prediction_type": Argument("epsilon"),
+        },
     ),
-    *[
-        Bad(
-            f"betas {betas}",
-            lambda betas=betas: NoiseSchedule(betas),
-            "betas must be a 1-D sequence of values in (0, 1]",
-        )
-        for betas in ([], [0.1, 0.0], [-0.1], [0.1, 1.1], [NAN], [[0.1]], 0.1)
-    ],
-    Bad(
-        "prediction",
-        lambda: NoiseSchedule([0.1], "noise"),
-        "prediction_type must be one of 'epsilon', 'sample', 'v_pred",
+    Use(
+        "FlowSchedule",
+        FlowSchedule,
+        {
+            "shift": Argument(3.0, NUMBER),
+            "steps": Argument(60, {"whole", "NumPy int", "without rows"}),
+            "prediction_type": Argument("flow"),
+        },
     ),
-    Bad("terminal", lambda: NoiseSchedule([0.1, 1.0]), "prediction_type must be 'v_prediction' or 'sample'"),
-    Bad(
-        "flow from data to noise",
-        lambda: NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
-        "schedule must be a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None",
-        TypeError,
+    Use(
+        "NoiseSchedule.from_scheduler",
+        NoiseSchedule.from_scheduler,
+        {"scheduler": Argument(diffusers.DDPMScheduler(), {"None"})},
     ),
-    *(
-        Bad(
-            name,
-            lambda name=name: NoiseSchedule.from_scheduler(getattr(diffusers, name)()),
-            "schedule must be a NoiseSchedule, a diffusers scheduler that has",
-            TypeError,
-        )
-        for name in ("HeliosScheduler", "MiniMaxH3Scheduler")
-        if hasattr(diffusers, name)
+    Use(
+        "NoiseSchedule.from_scheduler: what it has",
+        of_parts,
+        {
+            "betas": Argument(BETAS, DENSE | {"halves", "below all", "of inf"}, "betas|schedule"),
+            "alphas_cumprod": Argument(
+                (1 - BETAS).cumprod(0), DENSE | {"None", "on meta", "0-dim meta"}, "schedule|betas"
+            ),
+            "prediction_type": Argument("epsilon", {"None"}),
+        },
+    ),
+    Use(
+        "NoiseSchedule.from_scheduler: what a flow has",
+        of_parts,
+        {
+            "shift": Argument(3.0, NUMBER, "shift|schedule"),
+            "num_train_timesteps": Argument(60, {"whole", "NumPy int", "without rows"}, "steps|schedule"),
+            "prediction_type": Argument("flow", {"None"}),
+        },
     ),
 ]
 
 
-def features(**changes: Any) -> Any:
-    arguments = changed(batch(unet(), **SIZE), changes)
-    return ncp().features(*[arguments[name] for name in ("noisy_latents", "timesteps", "encoder_hidden_states")])
+def a_row(**columns: Any) -> list[Any]:
+    return ncp_loss.absolute_winners([columns])
 
 
-ROWS += [
-    Bad("features: rank", lambda: features(noisy_latents=lambda x: x[0]), "latents must be shaped (B, 4, H, W)"),
-    Bad("features: integer", lambda: features(noisy_latents=Tensor.byte), "latents must be a floating", TypeError),
-    Bad(
-        "features: timesteps",
-        lambda: features(timesteps=lambda t: t[:1]),
-        "timesteps must be 0-dimensional or of shape",
+KEYS = ANY_NUMBER - {"0-dim", "without rows"} | {"True", "no text", "digits", "bytes", "inf", "-inf", "huge", "typo"}
+ROW = {"caption": "a", "image_0_uid": "b", "image_1_uid": "c"}
+USES += [
+    Use(
+        "absolute_winners",
+        ncp_loss.absolute_winners,
+        {
+            "rows": Argument(
+                [{**ROW, "label_0": 1, "label_1": 0}], {"no text", "empty list", "no rows"}, r"rows(\[0\])?"
+            )
+        },
     ),
-    Bad("features: text", lambda: features(encoder_hidden_states=None), "encoder_hidden_states must be given"),
+    Use(
+        "absolute_winners: columns",
+        a_row,
+        {
+            **{name: Argument(value, KEYS, r"rows\[0\]") for name, value in ROW.items()},
+            "label_0": Argument(1, {"True", "digits", "bytes", "NumPy bool", "without rows"}, r"rows\[0\]"),
+            "label_1": Argument(0, {"zero"}, r"rows\[0\]"),
+        },
+    ),
 ]
+CELLS = [(use, name) for use in USES for name in use.tried or use.arguments]
 
 
-def drawn(**given: Any) -> Any:
-    loss, arguments = NCP(unet(), step="uniform"), batch(unet(), pairs=True, **SIZE)
-    del arguments["ref_pred"]
-    return ncp_dpo_loss(loss, **arguments, ref_error=torch.ones(4), **given)
+@pytest.mark.parametrize(("use", "name"), CELLS, ids=[f"{use.id}: {name}" for use, name in CELLS])
+def test_whatever_an_argument_is_given_it_is_right_or_refused_by_name(use: Use, name: str) -> None:
+    good = {key: argument.good for key, argument in use.arguments.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        told = {kind: complaint(use.call, good, name, use.arguments[name], kind) for kind in WRONG}
+    assert not {kind: what for kind, what in told.items() if what}
 
 
-ROWS += [
-    Bad("kept error, drawn steps", drawn, "ref_error must be None for step='uniform' without a generator"),
-]
+# What only the other argument can tell to be wrong may go well with it where both are.
+ALONE = sorted(WRONG.keys() - SHAPES - {"of two", "on meta", "0-dim meta"})
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[f"{i}: {row.message[:70]}" for i, row in enumerate(ROWS)])
-def test_a_bad_argument_is_named_and_told_what_it_must_be(row: Bad) -> None:
-    with pytest.raises(row.error, match="^" + re.escape(row.message)) as raised:
-        row.call()
-    assert type(raised.value) is row.error
-
-
-def test_without_the_change_every_row_is_a_good_call() -> None:
-    for use in (ncp_dpo_loss, ncp_cpo_loss, ncp_sft_loss):
-        arguments = batch(unet(), pairs=True, **SIZE)
-        if use is not ncp_dpo_loss:
-            del arguments["ref_pred"]
-        assert use(ncp(), **arguments).loss.isfinite()
-    for loss in (ncp(), xl()):
-        assert all(error.isfinite().all() for error in loss.errors(**batch(loss._encoder.view, **SIZE)))
-    assert features()
-    assert all(use(**arguments) is not None for use, arguments in GOOD.items())
-
-
-def test_pairs_may_differ_in_a_target_that_is_not_the_noise() -> None:
-    velocity = NCP(unet(), schedule=DDPMScheduler(prediction_type="v_prediction"))
-    arguments = changed(batch(unet(), pairs=True, **SIZE), {"target": torch.randn_like})
-    assert ncp_dpo_loss(velocity, **arguments).loss.isfinite()
+@settings(max_examples=600)
+@given(
+    use=st.sampled_from([use for use in USES if len(use.arguments) > 1]),
+    kinds=st.tuples(*[st.sampled_from(ALONE)] * 2),
+    data=st.data(),
+)
+def test_of_two_wrong_arguments_one_is_told(use: Use, kinds: tuple[str, str], data: st.DataObject) -> None:
+    names = data.draw(st.permutations(list(use.arguments)))[:2]
+    arguments = [use.arguments[name] for name in names]
+    assume(all(kind not in a.right and exists(kind, a.good) for kind, a in zip(kinds, arguments, strict=True)))
+    given = {name: argument.good for name, argument in use.arguments.items()}
+    given |= {name: WRONG[kind](given[name]) for name, kind in zip(names, kinds, strict=True)}
+    with pytest.raises((ValueError, TypeError)) as raised:
+        use.call(**given)
+    assert any(is_told(raised.value, argument.named or name) for name, argument in zip(names, arguments, strict=True))

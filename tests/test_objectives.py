@@ -22,6 +22,7 @@ from ncp_loss import (
     dpo_loss,
     kto_loss,
     mapo_loss,
+    ncp_dpo_loss,
     preference_metrics,
     sft_loss,
 )
@@ -377,6 +378,36 @@ def test_metrics_of_a_learned_beta_carry_no_gradient_and_halves_do_not_overflow(
     metrics = preference_metrics(e.mean(), e, e / 2, (e, e), beta)
     assert all(not value.requires_grad and value.isfinite() for value in metrics.values())
     assert metrics["rewards/rejected"].item() == 2500 * 22.5
+
+
+def test_losses_and_rewards_of_halves_are_those_of_the_same_numbers_in_float64():
+    """Of each of the four errors: 1000 - 0.1 is 1000 in half precision."""
+    big, small = torch.tensor([1000.0, 0.1]).half(), torch.tensor([0.1, 1000.0]).half()
+    for errors in ([big, small, small, big], [small, big, big, small], [big, big, small, small]):
+        exact = [e.double() for e in errors]
+        for loss_type in LOSS_TYPES:
+            of_halves, truth = (dpo_loss(*e, beta=0.01, loss_type=loss_type, sft_weight=1.0) for e in (errors, exact))
+            assert of_halves.item() == pytest.approx(truth.item(), rel=1e-5)
+        pairs = [(cpo_loss, {"beta": 0.01}), (mapo_loss, {"scale": 0.01})]
+        for loss, options in pairs:
+            assert loss(*errors[:2], **options).item() == pytest.approx(loss(*exact[:2], **options).item(), rel=1e-5)
+        liked = torch.tensor([True, False])
+        of_halves, truth = (kto_loss(e[0], e[1], liked, beta=0.01, reduction="none") for e in (errors, exact))
+        torch.testing.assert_close(of_halves.double(), truth, rtol=1e-5, atol=0)
+        of_halves, truth = (preference_metrics(e[0], e[0], e[1], (e[2], e[3]), 1.0) for e in (errors, exact))
+        for name in truth.keys() - {"loss"}:
+            assert of_halves[name].item() == pytest.approx(truth[name].item(), rel=1e-6), name
+
+
+def test_a_kept_error_of_the_reference_gets_no_gradient():
+    unet = sd15(dtype=torch.float32)
+    arguments = batch(unet, 1, pairs=True, height=4, width=4)
+    del arguments["ref_pred"]
+    kept = torch.ones(2, requires_grad=True)
+    loss = ncp_dpo_loss(NoiseConditionedPerceptualLoss(unet, "conv_in"), **arguments, ref_error=kept, beta=1.0).loss
+    of_kept, of_model = torch.autograd.grad(loss, [kept, arguments["model_pred"]], allow_unused=True)
+    assert of_kept is None
+    assert of_model.any()
 
 
 def safeguard_of_the_page() -> str:

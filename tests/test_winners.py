@@ -97,7 +97,9 @@ def test_labels_that_decide_nothing_are_refused(pair):
 def test_an_image_or_caption_that_is_missing_is_refused(column, missing):
     rows = as_rows([("p", "a", "b", (1, 0))])
     rows[0][column] = missing
-    with pytest.raises(ValueError, match=r"^rows\[0\]'s caption, image_0_uid, image_1_uid must be given; it was "):
+    with pytest.raises(
+        ValueError, match=r"^rows\[0\]'s caption, image_0_uid, image_1_uid must be given, as text or a number"
+    ):
         absolute_winners(rows)
 
 
