@@ -113,7 +113,7 @@ class FrozenEncoder:
         self._pass = _Pass(len(ends))
         self._seen: torch.dtype | None = None
         for layer, end in ends.items():
-            modules[end].register_forward_hook(_Tap(layer, self._pass), with_kwargs=True)
+            self.view.get_submodule(end).register_forward_hook(_Tap(layer, self._pass), with_kwargs=True)
         if checkpoint:
             blocks = [module for module in modules.values() if hasattr(module, "gradient_checkpointing")]
             if not blocks:
