@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-quick check lint types docs build release-check clean
+.PHONY: demo test test-quick test-deepspeed check lint types docs build release-check clean
 
 demo: .venv/demo
 	$(BIN)/python -m examples.demo --out demo
@@ -17,6 +17,10 @@ test: .venv/dev
 # All but what trains, compiles for other machines or starts many processes: for those who work on the core.
 test-quick: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# DeepSpeed has an environment of its own, on top of .venv: accelerate imports it wherever it finds it.
+test-deepspeed: .venv-deepspeed/ready
+	.venv-deepspeed/bin/python -m pytest -q tests/test_distributed.py -k "deepspeed or zero_3"
 
 check: lint types docs build
 
@@ -73,5 +77,13 @@ release-check: .venv/dev
 	$(PIP) -c $(CONSTRAINTS) -e '.[docs]'
 	touch $@
 
+# Nothing is compiled when it is installed, and what it builds with, torch, is there already.
+.venv-deepspeed/ready: .venv/dev
+	$(PYTHON) -m venv .venv-deepspeed
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo .venv-deepspeed/lib/python*/site-packages)/venv.pth"
+	.venv-deepspeed/bin/pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) --no-build-isolation deepspeed
+	touch $@
+
 clean:
-	rm -rf .venv .venv-wheel .release dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-wheel .venv-deepspeed .release dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -233,6 +233,8 @@ def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
 def check_base(module: nn.Module, path: str, name: str) -> None:
     """A layer is the base model's without what is left out of a view, or cannot be seen through."""
     own, weight, wrong = vars(module), module._parameters.get("weight"), ""
+    if "_fsdp_wrapped_module" in module._modules:
+        wrong = "is flattened by FSDP1: shard with fully_shard (FSDP2), or hand over a copy.deepcopy made before"
     if "forward" in own:  # an override, and left out
         if weight is None and isinstance(module, nn.Linear | _ConvNd) and not is_parametrized(module):
             wrong = "has no weight of its own beside its overridden `forward`"
@@ -245,7 +247,7 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
     for key in [key for key, value in own.items() if isinstance(value, Tensor)]:
         if key in ("weight", "bias") or any(source.startswith(f"{key}_") for source in module._parameters):
             wrong = f"has a {key} made by a hook (old weight_norm, spectral_norm, prune), and hooks are left out"
-    if any(isinstance(p, Tensor) and p.numel() == 0 for p in module._parameters.values()):
+    if any(isinstance(p, Tensor) and p.numel() == 0 and not is_sharded(p) for p in module._parameters.values()):
         wrong = "has an empty weight, which lives elsewhere until the model itself runs"
     hooks = (own.get("_hf_hook"), *getattr(own.get("_hf_hook"), "hooks", ()))
     if any(getattr(hook, "offload", False) is True for hook in hooks):
@@ -259,8 +261,8 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2's parameters are between two passes of its own."""
-    return hasattr(tensor, "full_tensor")
+    """Whether a process holds a part of it: as FSDP2's DTensor, in the hands of ZeRO-3, or of FSDP1."""
+    return any(hasattr(tensor, mark) for mark in ("full_tensor", "ds_id", "_fsdp_flattened"))
 
 
 def _not_the_base(what: str, name: str) -> Exception:

@@ -142,12 +142,18 @@ FAMILIES = {
 }
 
 
+def of_diffusers(name: str) -> Any:
+    """A class of diffusers that the oldest version which is declared may lack."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)
+
+
 def transformer(family: Family, seed: int = 0) -> nn.Module:
-    if not hasattr(diffusers, family.model):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {family.model}")
+    of_class = of_diffusers(family.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(diffusers, family.model)(**family.config)
+        model = of_class(**family.config)
         with torch.no_grad():  # gates that start at zero would hide every block
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

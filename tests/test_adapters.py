@@ -273,6 +273,8 @@ def taken_over(unet: nn.Module) -> nn.Module:
 
 
 def stored_in_float8(unet: nn.Module) -> nn.Module:
+    if not hasattr(unet, "enable_layerwise_casting"):
+        pytest.skip("this version of diffusers has no layerwise casting")
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     return unet
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -16,11 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute
-from users import AT, Build, add_lora, attention_only, batch, full, peft_lora, small
+from users import AT, RANKS, Build, add_lora, attention_only, batch, full, peft_lora, small
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import frozen_view, ncp_dpo_loss
@@ -35,6 +39,7 @@ def join(rank: int, store: Path) -> None:
     """The processes meet in a file: a port that is free now may be another's by the time they listen on it."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "ACCELERATE_USE_CPU": "1"}
+    os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["MASTER_ADDR"] = "127.0.0.1"  # accelerate asks for it, and uses the group that is there
     meet = {"init_method": f"file://{store}", "rank": rank, "world_size": PROCESSES}
     dist.init_process_group("gloo", **meet, timeout=timedelta(minutes=10))
@@ -71,11 +76,13 @@ def share(arguments: dict[str, Any]) -> dict[str, Any]:
     return rows(arguments, *mine.tolist())
 
 
-def preference(model: nn.Module, ncp: NCP, reference: nn.Module, arguments: dict[str, Any], **options: Any) -> Any:
+def preference(
+    model: nn.Module, ncp: NCP, reference: nn.Module, arguments: dict[str, Any], *, shrunk: float = 0.9, **options: Any
+) -> Any:
     """A step's loss; margins are of order one, where DPO is not linear in its errors."""
     at = [arguments[name] for name in AT]
     with torch.no_grad():
-        ref_pred = 0.9 * reference(*at).sample  # no pair is a tie, which rounding would break
+        ref_pred = shrunk * reference(*at).sample  # no pair is a tie, which rounding would break
     # Who trains LoRA with reentrant checkpoints has to give them an input that needs a gradient.
     at[0] = at[0].clone().requires_grad_()
     return ncp_dpo_loss(ncp, model(*at).sample, **arguments, ref_pred=ref_pred, beta=1e5, **options)
@@ -87,7 +94,7 @@ def gradients(model: nn.Module) -> Numbers:
         if p.requires_grad:
             assert p.grad is not None, name
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            found[name] = grad.numpy().copy()
+            found[name] = (grad.float() if grad.dtype == torch.bfloat16 else grad).numpy().copy()
     return found
 
 
@@ -112,11 +119,11 @@ def assert_same(got: Numbers, want: Numbers, rtol: float = 1e-6) -> None:
         np.testing.assert_allclose(got[name], value, rtol=rtol, atol=rtol * largest if "." in name else 0, err_msg=name)
 
 
-def assert_processes_give(want: Numbers, results: list[Numbers]) -> None:
+def assert_processes_give(want: Numbers, results: list[Numbers], rtol: float = 1e-6) -> None:
     """Each process has the gradients of the whole batch, and the metrics' mean over processes is the batch's."""
     metrics = [name for name in want if "." not in name]
     for got in results:
-        assert_same(got | {name: np.mean([each[name] for each in results]) for name in metrics}, want)
+        assert_same(got | {name: np.mean([each[name] for each in results]) for name in metrics}, want, rtol)
 
 
 THEIRS = {"": None, "reentrant": True, "not reentrant": False}  # recomputation of the user's model
@@ -283,3 +290,168 @@ def accumulated(build: Build) -> Numbers:
 def test_accumulated_gradients_of_uneven_batches_are_the_whole_batchs(run: Run, build: Build) -> None:
     for got in run(accumulated, build):
         assert_same(got, expected(build, 7))
+
+
+def fresh_lora(unet: nn.Module) -> nn.Module:
+    """As training begins: the adapters change nothing yet."""
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(**RANKS))
+    return unet
+
+
+def in_bfloat16(build: Build, how: str, whole: bool, shrunk: float) -> Numbers:
+    """The first step, by one process on the whole batch or by each on its share."""
+    dtype = torch.float32 if how == "autocast" else torch.bfloat16
+    arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in pairs().items()}
+    model = build(small(dtype)).train()
+    wrapped = model if whole else DDP(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        mine = arguments if whole else share(arguments)
+        out = preference(wrapped, NCP(wrapped), frozen_view(wrapped), mine, shrunk=shrunk)
+    out.loss.backward()
+    return numbers(out, model)
+
+
+half = pytest.mark.parametrize("how", ["autocast", "weights"])
+
+
+@builds
+@half
+def test_ddp_in_bfloat16(run: Run, build: Build, how: str) -> None:
+    """What is left between them is the rounding of sums over a batch, and of their mean over processes."""
+    want = in_bfloat16(build, how, True, 0.9)
+    assert_processes_give(want, run(in_bfloat16, build, how, False, 0.9), rtol=0.02)
+
+
+@half
+def test_margins_of_the_first_step_are_zero_in_bfloat16_under_ddp(run: Run, how: str) -> None:
+    for got in run(in_bfloat16, fresh_lora, how, False, 1.0):
+        assert got["rewards/margins"] == got["rewards/chosen"] == got["rewards/rejected"] == 0
+        assert max(np.abs(value).max() for name, value in got.items() if "." in name) > 1e-4
+
+
+def flattened(build: Build, orig: bool) -> Numbers:
+    """FSDP1 takes the parameters of whole modules into one flat tensor, of which each process keeps a part."""
+    model = build(small())
+    ncp, arguments = NCP(model), share(pairs())
+    wrapped = FSDP1(model, use_orig_params=orig, device_id=torch.device("cpu"))
+    for make in (NCP, frozen_view):
+        with pytest.raises(ValueError, match="flattened by FSDP1: shard with fully_shard"):
+            make(wrapped)
+    if build is add_lora:
+        with pytest.raises(RuntimeError, match=r"conv_in\.\w+ was \w+. Build the loss again"):
+            ncp(torch.zeros_like(arguments["target"]), **arguments)
+    return {}
+
+
+@pytest.mark.parametrize(("build", "orig"), [(full, False), (add_lora, True)])
+def test_flat_parameters_of_fsdp1_are_refused_by_name(run: Run, build: Build, orig: bool) -> None:
+    run(flattened, build, orig)
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: make test-deepspeed"
+)
+
+
+def two_steps(model: nn.Module, step: Callable[[], Any]) -> Numbers:
+    """The second step's metrics, and how far each parameter has moved by then."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    with whole([p for _, p in named]):
+        start = {name: p.detach().clone() for name, p in named}
+    step()
+    out = step()
+    with whole([p for _, p in named]):
+        moved = {name: p.detach() - start[name] for name, p in named}
+    return {name: value.numpy() for name, value in (out.metrics | moved).items()}
+
+
+def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def descent(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+@functools.cache
+def expected_of_two_steps(build: Build) -> Numbers:
+    model = build(small()).train()
+    ncp, reference, optimizer, arguments = NCP(model), frozen_view(model), descent(model), pairs()
+
+    def step() -> Any:
+        optimizer.zero_grad()
+        out = preference(model, ncp, reference, arguments)
+        out.loss.backward()
+        optimizer.step()
+        return out
+
+    return two_steps(model, step)
+
+
+def deepspeed_engine(model: nn.Module, stage: int) -> nn.Module:
+    import deepspeed
+
+    # Where no accelerator is, DeepSpeed compiles an all-reduce of its own at the first start, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    return deepspeed.initialize(model=model, optimizer=descent(model), config=config)[0]
+
+
+def under_deepspeed(stage: int, build: Build, before: bool) -> Numbers:
+    model = build(small()).train()
+    early = (NCP(model), frozen_view(model)) if before else None
+    engine, arguments = deepspeed_engine(model, stage), share(pairs())
+    ncp, reference = early or (NCP(engine), frozen_view(engine))
+
+    def step() -> Any:
+        out = preference(engine, ncp, reference, arguments)
+        engine.backward(out.loss)
+        engine.step()
+        return out
+
+    return two_steps(model, step)
+
+
+@needs_deepspeed
+@builds
+@pytest.mark.parametrize("before", [False, True], ids=["built after", "built before"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_zero_1_and_2(run: Run, stage: int, build: Build, before: bool) -> None:
+    """DeepSpeed's optimizer keeps weights in float32, which bounds how exact a step of them is."""
+    assert_processes_give(expected_of_two_steps(build), run(under_deepspeed, stage, build, before), rtol=1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("build", [add_lora, full, attention_only])
+def test_deepspeed_zero_3(run: Run, build: Build) -> None:
+    assert_processes_give(expected_of_two_steps(build), run(under_deepspeed, 3, build, False), rtol=1e-4)
+
+
+@needs_deepspeed
+def test_deepspeed_zero_3_of_a_loss_built_before_on_trainable_weights(run: Run) -> None:
+    assert_processes_give(expected_of_two_steps(full), run(under_deepspeed, 3, full, True), rtol=1e-4)
+
+
+def partitioned_after_the_loss(build: Build) -> Numbers:
+    model = build(small())
+    ncp, arguments = NCP(model), share(pairs())
+    deepspeed_engine(model, 3)
+    with pytest.raises(RuntimeError, match=r"conv_in\.\w+ was sharded over processes. Build the loss again"):
+        ncp(torch.zeros_like(arguments["target"]), **arguments)
+    return {}
+
+
+@needs_deepspeed
+def test_shared_weights_that_zero_3_partitions_later_are_named(run: Run) -> None:
+    run(partitioned_after_the_loss, add_lora)

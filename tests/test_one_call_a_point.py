@@ -16,14 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import (
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HiDreamImageTransformer2DModel,
-    UNet3DConditionModel,
-)
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet3DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, PAGIdentitySelfAttnProcessor2_0
-from families import FAMILIES, ROWS, TEXT, WIDTH, transformer
+from families import FAMILIES, ROWS, TEXT, WIDTH, of_diffusers, transformer
 from models import batch, sd15, sdxl
 from torch import Tensor, nn
 
@@ -80,9 +75,10 @@ def z_image_with_a_tensor_a_sample_in_a_list() -> Case:
 
 def hidream_with_text_stacked_by_layer() -> Case:
     """(layers, B, L, D): the batch is the second dimension."""
+    hidream = of_diffusers("HiDreamImageTransformer2DModel")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = HiDreamImageTransformer2DModel(
+        model = hidream(
             patch_size=2, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
             num_attention_heads=2, caption_channels=[WIDTH, WIDTH], text_emb_dim=WIDTH, num_routed_experts=2,
             num_activated_experts=1, axes_dims_rope=(4, 4, 8), max_resolution=(8, 8), llama_layers=[0, 1],

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from families import FAMILIES, Family, family_batch, flow, transformer
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from families import FAMILIES, Family, family_batch, flow, of_diffusers, transformer
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -341,10 +341,9 @@ def test_blocks_called_by_position_for_recomputation_give_the_same_stream(layer:
 def test_a_model_that_keeps_some_weights_in_float32_computes_in_the_dtype_of_the_others(tmp_path: Path) -> None:
     config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
     torch.manual_seed(0)
-    WanTransformer3DModel(**config, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32).save_pretrained(
-        tmp_path
-    )
-    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).requires_grad_(False)
+    wan = of_diffusers("WanTransformer3DModel")
+    wan(**config, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32).save_pretrained(tmp_path)
+    model = wan.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).requires_grad_(False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
 
     x, target, noise = torch.randn(3, 2, 4, 1, 8, 8)
