@@ -17,7 +17,7 @@ BLOCK = re.compile(r'^```diff title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DO
 
 
 def diffs(page: Path) -> list[tuple[str, str]]:
-    """Title, which names repository and commit, and text of each diff of the page, in order."""
+    """Title (repository and commit) and text of each diff of the page, in order."""
     return BLOCK.findall(page.read_text())
 
 
