@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from models import batch, sd15, sdxl
 from torch import nn
 
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "docs" / "apply_recipe.py"
 PAGES = sorted(p for p in (ROOT / "docs" / "recipes").glob("*.md") if "```diff" in p.read_text())
 HUNK = re.compile(r"^@@ -(\d+)")
-LOSS = NoiseConditionedPerceptualLoss
+METHODS = {"ncp": "forward", "errors": "errors"}
+MODELS = UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel
 INPUTS = ("model_pred", "target", "noisy_latents", "timesteps")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -83,8 +84,8 @@ def added(page: Path, file: str = "") -> list[str]:
 def signature_of(called: ast.expr) -> inspect.Signature | None:
     """Of a public name, or of the loss, which the pages keep as ``ncp`` or ``self.ncp``."""
     name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
-    if name in ("ncp", "errors"):
-        method = inspect.signature(LOSS.forward if name == "ncp" else LOSS.errors)
+    if name in METHODS:
+        method = inspect.signature(getattr(NoiseConditionedPerceptualLoss, METHODS[name]))
         return method.replace(parameters=list(method.parameters.values())[1:])
     return inspect.signature(getattr(ncp_loss, name)) if name in ncp_loss.__all__ else None
 
@@ -140,16 +141,20 @@ def test_little_of_the_trainer_is_shown(page):
 
 @each_page
 def test_added_lines_are_whole_statements_that_call_the_public_api_as_it_is(page):
-    calls = 0
-    for block in added(page):
-        assert all(len(line) <= 92 for line in block.splitlines()), block
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "ncp_loss":
-                assert {alias.name for alias in node.names} <= set(ncp_loss.__all__)
-            if isinstance(node, ast.Call) and (signature := signature_of(node.func)):
-                signature.bind(*node.args, **{keyword.arg: keyword for keyword in node.keywords})
-                calls += 1
-    assert calls > 1
+    trees = [ast.parse(block) for block in added(page)]
+    assert all(len(line) <= 92 for block in added(page) for line in block.splitlines())
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    ours = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "ncp_loss"]
+    imported = [alias.name for node in ours for alias in node.names]
+    assert imported
+    assert set(imported) <= set(ncp_loss.__all__)
+    conditioning = {node.arg for node in nodes if isinstance(node, ast.arg)}  # of the page's own ``call=``
+    conditioning |= {name for model in MODELS for name in inspect.signature(model.forward).parameters}
+    calls = [(node, s) for node in nodes if isinstance(node, ast.Call) and (s := signature_of(node.func))]
+    assert len(calls) > 1
+    for call, signature in calls:
+        bound = signature.bind(*call.args, **{keyword.arg: keyword for keyword in call.keywords})
+        assert set(bound.arguments.get("model_kwargs", ())) <= conditioning, ast.unparse(call)
 
 
 # What follows runs a page's added lines, in their order, among the names that the trainer has there.
