@@ -251,13 +251,14 @@ def test_a_lycoris_network_merged_around_sampling_and_restored_is_no_alarm(make:
     network = lycoris("locon", unet)
     made = make(unet)
     expected = use(made, arguments)
-    network.restore()
     kept = copy.deepcopy(unet.state_dict())
     for _ in range(3):
+        network.restore()
         network.merge_to(1.0)
         with pytest.raises(RuntimeError, match="was changed"):
             use(made, arguments)
         unet.load_state_dict(kept)
+        network.apply_to()
         assert torch.equal(use(made, arguments), expected)
 
 
