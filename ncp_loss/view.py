@@ -76,7 +76,7 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
     def own(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
-            copy = _whole(tensor)
+            copy = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach().clone()  # type: ignore[attr-defined]
             copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
         return copies[id(tensor)]
 
@@ -89,16 +89,6 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
             owned[name] = module
     return owned
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A copy; of a tensor of which each process holds a part, every process makes a whole one."""
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(tensor):
-            return tensor.detach().clone()
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach().clone()  # type: ignore[attr-defined]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

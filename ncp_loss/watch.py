@@ -247,7 +247,7 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
     for key in [key for key, value in own.items() if isinstance(value, Tensor)]:
         if key in ("weight", "bias") or any(source.startswith(f"{key}_") for source in module._parameters):
             wrong = f"has a {key} made by a hook (old weight_norm, spectral_norm, prune), and hooks are left out"
-    if any(isinstance(p, Tensor) and p.numel() == 0 and not is_sharded(p) for p in module._parameters.values()):
+    if any(isinstance(p, Tensor) and p.numel() == 0 for p in module._parameters.values()):
         wrong = "has an empty weight, which lives elsewhere until the model itself runs"
     hooks = (own.get("_hf_hook"), *getattr(own.get("_hf_hook"), "hooks", ()))
     if any(getattr(hook, "offload", False) is True for hook in hooks):
@@ -256,6 +256,8 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
         wrong = f"has weights in the hands of diffusers' {moved[0]}"
     if getattr(module, "blocks_to_swap", None):  # kohya's, which counts the passes that it shares with the view
         wrong = "swaps blocks between devices (blocks_to_swap)"
+    if any(hasattr(p, "ds_id") for p in module._parameters.values()):
+        wrong = "is partitioned by DeepSpeed's ZeRO-3: take ZeRO-2, or hand over a copy.deepcopy made before initialize"
     if wrong:
         raise _not_the_base(f"{path!r} {wrong}", name)
 
