@@ -29,6 +29,7 @@ from ncp_loss import by_timestep
 EDGES = (0, 250, 500, 750, 1000)
 RANGES = [f"{low}-{high}" for low, high in pairwise(EDGES)]
 COLORS = dict(zip(RANGES, ("#b7d3ee", "#6aa5d8", "#2b6cb0", "#123a66"), strict=True))
+QUANTILES = (0.1, 0.5, 0.9)  # of the gradient's norms
 FACTOR = 300.0  # by which beta is too small, or too large
 
 
@@ -138,7 +139,7 @@ def curves(steps: list[Step], window: int) -> dict[str, Any]:
         "reference's miss": split(joined("ref_miss")),
         "accuracy": [(0.5 * (1 + m.sign())).mean().item() for m in margins],
         "gradient factor": [(-m).sigmoid().mean().item() for m in margins],
-        "norm": [step.norm for step in steps],
+        "norm": torch.tensor([step.norm for step in steps]).quantile(torch.tensor(QUANTILES)).tolist(),
         "first |margin|": steps[0].margins.abs().mean().item(),
         "loss": [-torch.nn.functional.logsigmoid(m).mean().item() for m in margins],
     }
@@ -157,30 +158,34 @@ def table(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def row(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     """A run in one line: where it began, where it ended, and its gradients."""
-    last, norms = -1 - len(found["step"]) // 4, torch.tensor(found["norm"])
+    last = -1 - len(found["step"]) // 4
     ends = {key: statistics.mean(found[key][last:]) for key in ("loss", "accuracy", "gradient factor")}
     return {
         "run": case.title,
         "first |margin|": found["first |margin|"],
         **{f"last {key}": value for key, value in ends.items()},
-        **{f"norm {q:.0%}": norms.quantile(q).item() for q in (0.1, 0.5, 0.9)},
+        **{f"norm {q:.0%}": norm for q, norm in zip(QUANTILES, found["norm"], strict=True)},
         "reward": found["reward"],
     }
 
 
 def draw_run(path: Path, case: Case, found: dict[str, Any], before: float) -> None:
-    """One run in four panels; the good one in grey behind its accuracy and gradients."""
+    """One run in four panels, with the good one's accuracy and gradients in grey."""
     mine = found[case.name]
     figure, (margins, accuracy, norms, misses) = report.new_figure(2, 2, width=5.2, height=5.8)
     draw_margin(margins, mine)
     margins.set_title("beta * margin, by timestep")
     margins.legend(frameon=False, fontsize=8, loc="lower left", ncols=2, columnspacing=0.6, handlelength=1)
-    for run, color in [(found["good"], "#c9cdd4"), (mine, report.BLUE)]:
+    for run, color, name in [(found["good"], "#b4b9c2", "good run"), (mine, report.BLUE, "this run")]:
         accuracy.plot(run["step"], run["accuracy"], color=color, lw=2)
-        norms.plot(range(1, len(run["norm"]) + 1), run["norm"], ".", color=color, ms=5)
+        low, middle, high = run["norm"]
+        norms.plot([name, name], [low, high], color=color, lw=3)
+        norms.plot(name, middle, "o", color=color, ms=9)
     accuracy.axhline(0.5, color=report.GREY, ls=":", lw=1)
     accuracy.set(ylim=(0, 1), title="accuracy", xlabel="training step")
-    norms.set(yscale="log", ylim=(3e-4, 3e3), title="gradient norm", xlabel="training step")
+    norms.set(
+        yscale="log", ylim=(3e-4, 3e3), xlim=(-0.6, 1.6), title="gradient norm", xlabel="median, 10% to 90% of steps"
+    )
     for name, color, style in [("reference's miss", report.ORANGE, "s--"), ("miss", report.BLUE, "o-")]:
         ends = [mean(mine[name][part][-1 - len(mine["step"]) // 4 :]) for part in RANGES]
         misses.plot(RANGES, ends, style, color=color, lw=2, label={"miss": "model"}.get(name, "reference"))

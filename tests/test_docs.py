@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.compute import COMPUTES
+from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,22 @@ def test_the_page_on_data_shows_the_committed_figures_of_the_filter_which_meet_t
     shown = next(row for row in whole if row["rows"] == "dictionaries")
     page = (ROOT / "docs" / "choosing.md").read_text()
     assert f"takes {shown['seconds']:.1f} s of a CPU core, and {shown['peak, MB']:.0f} MB" in page
+
+
+def healthy_rows() -> list[str]:
+    keys = ("first |margin|", "last loss", "last accuracy", "norm 50%", "norm 90%", "reward")
+    return [f"| {r['run']} | " + " | ".join(f"{r[key]:.2g}" for key in keys) + " |" for r in result("healthy")["summary"]]
+
+
+def test_the_page_on_healthy_runs_shows_the_committed_figures_and_a_picture_of_each_run():
+    page = (ROOT / "docs" / "healthy.md").read_text()
+    for row in healthy_rows():
+        assert row in page, row
+    assert f"from {result('healthy')['reward of the base']:.2g}" in page
+    for case in CASES:
+        name = f"benchmarks/results/healthy-{case.name}.png"
+        assert (ROOT / name).is_file()
+        assert f"(../{name})" in page
 
 
 def test_the_precision_page_shows_the_committed_figures():
