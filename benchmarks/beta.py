@@ -135,7 +135,10 @@ def run(args: argparse.Namespace) -> None:
     report.write_json(args.out / "beta.json", report.record(args.device, study.kept.seconds) | content)
     draw(args.out / "beta.png", content["summary"])
     study.kept.done()
-    report.print_table("Gain in held-out reward", content["summary"], dict.fromkeys(content["summary"][0], ".3g"))
+    words = {"errors": "", "rule": ""}
+    report.print_table(
+        "Gain in held-out reward", content["summary"], dict.fromkeys(content["summary"][0], ".3g") | words
+    )
 
 
 MEANS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
