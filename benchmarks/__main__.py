@@ -18,6 +18,8 @@ BENCHMARKS = {
     "kernels": "what the fused kernels compile to, and the memory they move",
     "winners": "what the filter of absolute winners takes, at the size of Pick-a-Pic v2",
     "alignment": "digits aligned with the encoder in float32 and in bfloat16",
+    "beta": "rules that set beta against a tuned one, on the digits, and the heavy tail of perceptual errors",
+    "healthy": "margins, accuracies, gradients and errors of a good run and of five bad ones, on the digits",
 }
 
 

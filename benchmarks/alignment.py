@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     kept = report.Kept(args.out / "alignment.partial.json", args.resume)
-    args.space = "perceptual"
+    args.space, args.kappa = "perceptual", None
     if args.tiny:
         args.seeds, args.steps, args.batch, args.pairs, args.held_out = 1, 1, 2, 10, 10
     judge, rows = Judge(), list[dict[str, Any]]()

@@ -2,8 +2,8 @@
 
 The base model draws digits, but it learned from captions that are often wrong, so only two in three of its samples show
 the requested digit. A judge compares two samples for the same request; the pairs it decides train LoRA adapters, and
-noise that no training image came from shows what changed. Writes `samples.png`, `reward.png` and `result.json` to
-`--out`. About two minutes on a CPU.
+noise that no training image came from shows what changed. Writes `samples.png`, `reward.png`, `margins.png` and
+`result.json` to `--out`. About two minutes on a CPU.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from tqdm import trange
 
 import ncp_loss
 from examples.digits import CLASSES, Judge, add_lora, condition, load_unet, new_scheduler, sample, seeded_noise
-from ncp_loss import NoiseConditionedPerceptualLoss, dpo_loss, frozen_view, ncp_dpo_loss
+from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, dpo_loss, frozen_view, relative_beta
 
 # beta multiplies a margin of squared errors. One reverse step moves this small network's features very little, so a
 # perceptual margin here is about a thousand times smaller than a latent one. Each beta lets beta * margin reach order
 # one in training: far below, the sigmoid is linear and the reference has no say; far above, it saturates and learning
-# stops.
+# stops. `--kappa 2` needs neither number.
 BETA = {"perceptual": 5e5, "latent": 5e2}
 BLUE, ORANGE, GREY = "#2b6cb0", "#e07b39", "#8a8f98"
 
@@ -59,14 +59,20 @@ def align(
     pairs: tuple[Tensor, Tensor, Tensor],
     args: argparse.Namespace,
     evaluate: Callable[[int], None],
-) -> None:
-    """An ordinary training loop around `ncp_dpo_loss`; calls `evaluate(step)` four times, the last at the end."""
+) -> list[dict[str, float]]:
+    """An ordinary training loop; calls `evaluate(step)` four times, the last at the end.
+
+    Returns:
+        Between one evaluation and the next, the mean of beta * margin by range of timesteps.
+    """
     labels, winners, losers = pairs
     scheduler = new_scheduler()
     parameters = add_lora(unet)
     reference = frozen_view(unet)  # the base model: the same weights, without the adapters
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)
 
+    seen: list[tuple[Tensor, Tensor]] = []  # margins and timesteps of pairs since the last evaluation
+    margins_by_timestep = []
     progress = trange(1, args.steps + 1, desc="aligning")
     for step in progress:
         rows = torch.randint(len(labels), (args.batch,))
@@ -81,21 +87,28 @@ def align(
         with torch.no_grad():
             ref_prediction = reference(noisy, timesteps, states).sample
         if args.space == "perceptual":
-            loss, metrics = ncp_dpo_loss(
-                ncp, prediction, noise, noisy, timesteps, states, ref_pred=ref_prediction, beta=args.beta
-            )
-            accuracy = metrics["rewards/accuracies"]
+            inputs = prediction, noise, noisy, timesteps, states
+            error, ref_error = ncp.errors(*inputs, ref_pred=ref_prediction, pairs=True)
         else:
-            error, ref_error = ((p - noise).square().mean((1, 2, 3)).chunk(2) for p in (prediction, ref_prediction))
-            losses = dpo_loss(*error, *ref_error, beta=args.beta, reduction="none")
-            loss, accuracy = losses.mean(), (losses < math.log(2)).float().mean()
+            error, ref_error = ((p - noise).square().mean((1, 2, 3)) for p in (prediction, ref_prediction))
+        (chosen, rejected), (ref_chosen, ref_rejected) = error.chunk(2), ref_error.chunk(2)
+        # `ncp_dpo_loss` takes the predictions and does all this in one call; here the margins are drawn too.
+        beta = relative_beta(ref_chosen, ref_rejected, args.kappa) if args.kappa else args.beta
+        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+        margins = beta * ((rejected - ref_rejected) - (chosen - ref_chosen)).detach()
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        seen.append((margins, timesteps.chunk(2)[0]))
+        accuracy = (0.5 * (margins.sign() + 1)).mean()
         progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy.item():.0%}")
         if step == args.steps or step % math.ceil(args.steps / 4) == 0:
             evaluate(step)
+            means = by_timestep(*map(torch.cat, zip(*seen, strict=True)), edges=range(0, 1001, 100))
+            margins_by_timestep.append({part: mean.item() for part, mean in means.items()})
+            seen.clear()
+    return margins_by_timestep
 
 
 def win_rate(base: Verdict, aligned: Verdict) -> tuple[float, float, float]:
@@ -153,6 +166,23 @@ def draw_reward(path: Path, curve: dict[int, Verdict]) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
+def draw_margins(path: Path, steps: list[int], margins: list[dict[str, float]]) -> None:
+    """beta * margin against the timestep, a line for each stretch of training, the later the darker."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for i, (first, last, means) in enumerate(zip(steps, steps[1:], margins, strict=False)):
+        middles = [sum(map(float, part.split("-"))) / 2 for part in means]
+        share = (i + 1) / len(margins)
+        axis.plot(middles, list(means.values()), color=BLUE, alpha=0.25 + 0.75 * share, lw=1 + share, marker="o", ms=4,
+            label=f"steps {first + 1} to {last}")  # fmt: skip
+    axis.axhline(0, color=GREY, ls="--", lw=1.2)
+    axis.set(xlabel="timestep (1000 is noise)", ylabel="mean of beta * margin", xlim=(0, 1000))
+    axis.set_title("Margin by timestep, over training", fontsize=11)
+    axis.legend(frameon=False, fontsize=9)
+    axis.grid(axis="y", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
+
+
 def main() -> None:
     """Pairs, alignment, held-out comparison, pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,6 +192,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=300, help="pairs sampled; the judge decides about half of them")
     parser.add_argument("--batch", type=int, default=16, help="pairs per step")
     parser.add_argument("--beta", type=float, help=f"default: {BETA}")
+    parser.add_argument("--kappa", type=float, help="in place of beta: each pair's is by the reference's error on it")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=200, help="samples to compare on")
     parser.add_argument("--seed", type=int, default=0)
@@ -191,11 +222,12 @@ def main() -> None:
 
     evaluate(0)
     ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=new_scheduler())
-    align(unet, ncp, pairs, args, evaluate)
+    margins = align(unet, ncp, pairs, args, evaluate)
     base, aligned = curve[0], curve[args.steps]
     share, low, high = win_rate(base, aligned)
     draw_samples(args.out / "samples.png", base, aligned, "NCP-DPO" if args.space == "perceptual" else "latent DPO")
     draw_reward(args.out / "reward.png", curve)
+    draw_margins(args.out / "margins.png", list(curve), margins)
     seconds = time.perf_counter() - start
 
     result = {
@@ -206,6 +238,7 @@ def main() -> None:
         },
         "win rate": {"share": share, "low": low, "high": high},
         "reward by step": {step: verdict.rewards.mean().item() for step, verdict in curve.items()},
+        "margins by timestep": margins,
         "pairs": len(pairs[0]),
         "settings": vars(args) | {"out": str(args.out)},
         "command": " ".join(["python -m examples.demo", *sys.argv[1:]]),

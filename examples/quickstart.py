@@ -53,7 +53,7 @@ def main() -> None:
         prediction = unet(noisy, timesteps, text).sample
         with torch.no_grad():
             ref_prediction = reference(noisy, timesteps, text).sample
-        loss, metrics = ncp_dpo_loss(ncp, prediction, noise, noisy, timesteps, text, ref_pred=ref_prediction, beta=5e5)
+        loss, metrics = ncp_dpo_loss(ncp, prediction, noise, noisy, timesteps, text, ref_pred=ref_prediction, kappa=2.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

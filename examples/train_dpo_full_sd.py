@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from training import (
+    beta_of,
     draw,
     load_pipeline,
     measure,
@@ -63,8 +64,9 @@ def main() -> None:
             ref_pred = batch["ref_preds"] if "ref_preds" in batch else reference(*inputs).sample
         error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
         ref = ref_error.chunk(2)
-        loss = dpo_loss(*error.chunk(2), *ref, beta=args.beta_dpo)
-        return loss, metrics_of(loss, error, ref, args.beta_dpo, inputs[1])
+        beta = beta_of(args, ref)
+        loss = dpo_loss(*error.chunk(2), *ref, beta=beta)
+        return loss, metrics_of(loss, error, ref, beta, inputs[1])
 
     def reference_prediction(batch):
         inputs, *_ = question(batch)

@@ -12,6 +12,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from training import (
     add_lora,
+    beta_of,
     draw,
     load_pipeline,
     measure,
@@ -60,8 +61,9 @@ def main() -> None:
             ref_pred = batch["ref_preds"] if "ref_preds" in batch else reference(*inputs).sample
         error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
         ref = ref_error.chunk(2)
-        loss = dpo_loss(*error.chunk(2), *ref, beta=args.beta_dpo)
-        return loss, metrics_of(loss, error, ref, args.beta_dpo, inputs[1])
+        beta = beta_of(args, ref)
+        loss = dpo_loss(*error.chunk(2), *ref, beta=beta)
+        return loss, metrics_of(loss, error, ref, beta, inputs[1])
 
     def reference_prediction(batch):
         inputs, *_ = question(batch)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from training_data import Data, Parser, Stream, collate, digest, load_data
 
-from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, preference_metrics
+from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, preference_metrics, relative_beta
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # what tells one family of pipelines from another
 BY_TIMESTEP = "/t"  # in the name of a metric of which a batch may hold nothing
@@ -98,6 +98,9 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
         add("--beta_dpo", type=float, default=2500.0,
             help="multiplies the margin of mean errors, once; diffusers' SDXL script halves its own, whose 5000 is "
             "2500 here. Watch rewards/margins, which should reach order one")  # fmt: skip
+        add("--kappa", type=float,
+            help="in place of --beta_dpo: each pair's beta is kappa over the reference's mean error on it, whose scale "
+            "then need not be known; 2 is a place to begin")  # fmt: skip
         add("--precompute_reference", action="store_true",
             help="ask the reference once for each pair, before training, and store its predictions beside the data, as "
             "large as the latents; every epoch then repeats a pair's noise, timestep and crop")  # fmt: skip
@@ -117,7 +120,7 @@ def parse(parser: Parser, *parts: str, pairs: bool = True, multiple: int = 8) ->
     args = parser.parse_args()
     positive = ["resolution", "train_batch_size", "vae_encode_batch_size", "num_train_epochs", "max_train_steps"]
     positive += ["gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "max_train_samples"]
-    positive += ["learning_rate", "max_grad_norm", "rank", "beta_dpo", "ema_decay"]
+    positive += ["learning_rate", "max_grad_norm", "rank", "beta_dpo", "kappa", "ema_decay"]
     for name in positive:
         value = getattr(args, name, None)
         if value is not None and not value > 0:
@@ -282,8 +285,13 @@ def measure(
     return error, ref_error
 
 
+def beta_of(args: argparse.Namespace, ref: tuple[Tensor, Tensor]) -> float | Tensor:
+    """beta, or one for each pair, by the reference's errors on winners and losers, with `--kappa`."""
+    return args.beta_dpo if args.kappa is None else relative_beta(*ref, args.kappa)
+
+
 def metrics_of(
-    loss: Tensor, error: Tensor, ref: tuple[Tensor, Tensor], beta: float, timesteps: Tensor
+    loss: Tensor, error: Tensor, ref: tuple[Tensor, Tensor], beta: float | Tensor, timesteps: Tensor
 ) -> dict[str, Tensor]:
     """What there is to log of pairs: their metrics, and their mean margin by timestep, NaN where no pair was.
 

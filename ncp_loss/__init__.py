@@ -9,6 +9,7 @@ from .objectives import (
     kto_loss,
     mapo_loss,
     preference_metrics,
+    relative_beta,
     sft_loss,
 )
 from .preference import ncp_cpo_loss, ncp_dpo_loss, ncp_sft_loss
@@ -33,5 +34,6 @@ __all__ = [
     "ncp_dpo_loss",
     "ncp_sft_loss",
     "preference_metrics",
+    "relative_beta",
     "sft_loss",
 ]

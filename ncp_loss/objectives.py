@@ -29,6 +29,8 @@ REDUCTIONS = ("mean", "sum", "none")
 # As published: the slope and the bounds of Linear-DPO's weight, and DMPO's target for the loser.
 LINEAR_SLOPE, LINEAR_FLOOR = 0.2, 1e-3
 DMPO_TARGET = 0.01
+# A reference's error counts as no less and no more, so that a pair of which it says nothing makes no beta infinite.
+ERROR_RANGE = 1e-30, 1e30
 
 
 class PreferenceOutput(NamedTuple):
@@ -113,6 +115,33 @@ def dpo_loss(
     else:
         loss = _of_logits(beta * margin, loss_type, label_smoothing)
     return reduce_batch(loss + sft_weight * chosen_error.to(loss.dtype), reduction)
+
+
+@torch.no_grad()
+def relative_beta(ref_chosen_error: Tensor, ref_rejected_error: Tensor, kappa: float = 2.0) -> Tensor:
+    r"""A beta for each pair, by the reference's errors on it: margins are then relative, and of one scale everywhere.
+
+    ``beta = kappa / mean(ref_chosen, ref_rejected)``, so that ``beta margin`` is kappa times the margin as a share of
+    the reference's error. Errors' scale, which differs between models, layers, steps and timesteps by orders of
+    magnitude, cancels. It needs nothing but the pair: no state, no other batch, no other process.
+
+    Args:
+        ref_chosen_error, ref_rejected_error: the reference model's errors on winners and losers, (B,).
+        kappa: how much a relative margin counts, a positive number without unit.
+
+    Returns:
+        (B,), float32 or better, without gradient; finite for every error.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
+
+    >>> relative_beta(torch.tensor([1.0, 1e-6]), torch.tensor([3.0, 3e-6]), kappa=2.0)
+    tensor([1.0000e+00, 1.0000e+06])
+    """
+    check_errors(ref_chosen_error=ref_chosen_error, ref_rejected_error=ref_rejected_error)
+    check_number("kappa", kappa)
+    mean = (ref_chosen_error.to(_computed_in(ref_chosen_error)) + ref_rejected_error) / 2
+    return kappa / mean.nan_to_num(nan=1.0).clamp(*ERROR_RANGE)
 
 
 def _of_logits(logits: Tensor, loss_type: str, label_smoothing: float) -> Tensor:

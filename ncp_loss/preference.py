@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import bad, check_like
 from .loss import NoiseConditionedPerceptualLoss
-from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, sft_loss
+from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, relative_beta, sft_loss
 
 
 def ncp_dpo_loss(
@@ -23,6 +23,7 @@ def ncp_dpo_loss(
     ref_pred: Tensor | None = None,
     ref_error: Tensor | None = None,
     beta: float | Tensor = 2500.0,
+    kappa: float | None = None,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     sft_weight: float = 0.0,
@@ -49,6 +50,8 @@ def ncp_dpo_loss(
             and draws: the same ``variance_noise``, or a ``generator`` in the state it had then, or neither.
         beta: multiplies the margin of mean errors, once; a number, or one for each pair, (B,). The errors' scale
             depends on model, layer and timestep: watch ``metrics["rewards/margins"]``, which should reach order one.
+        kappa: takes beta's place: each pair's is then ``relative_beta(ref_chosen, ref_rejected, kappa)``, kappa over
+            the reference's mean error on it, and that scale need not be known. 2 is a place to begin.
         loss_type, label_smoothing, sft_weight, reduction: as in :func:`dpo_loss`.
         variance_noise, generator, **model_kwargs: as in :meth:`NoiseConditionedPerceptualLoss.errors`.
 
@@ -81,6 +84,7 @@ def ncp_dpo_loss(
     chosen, rejected = error.chunk(2)
     ref_chosen, ref_rejected = check_like("ref_error", ref, "the batch's errors", error).detach().chunk(2)
     errors = chosen, rejected, ref_chosen, ref_rejected
+    beta = beta if kappa is None else relative_beta(ref_chosen, ref_rejected, kappa)
     loss = dpo_loss(
         *errors,
         beta=beta,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.compute import COMPUTES
+from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,44 @@ def test_the_page_on_data_shows_the_committed_figures_of_the_filter_which_meet_t
     shown = next(row for row in whole if row["rows"] == "dictionaries")
     page = (ROOT / "docs" / "choosing.md").read_text()
     assert f"takes {shown['seconds']:.1f} s of a CPU core, and {shown['peak, MB']:.0f} MB" in page
+
+
+def beta_rows() -> list[str]:
+    keys = (("gain", ".2f"), ("win rate", ".0%"), ("norm 50%", ".2f"), ("norm 99%", ".3g"))
+    return [
+        f"| {r['errors']} | {r['rule']} | {r['setting']:g} | " + " | ".join(format(r[k], f) for k, f in keys) + " |"
+        for r in result("beta")["summary"]
+        if r["clip"] == 1
+    ]
+
+
+def test_the_page_on_beta_shows_the_committed_figures_and_a_relative_beta_is_ahead_of_the_best_number():
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    for row in beta_rows():
+        assert row in page, row
+    latent, perceptual = (row["mean"] for row in result("beta")["means"])
+    assert f"{round(latent / perceptual, -3):,.0f} times" in page
+    for space in ("latent", "perceptual"):
+        gains = {(r["rule"], r["setting"]): r["gain"] for r in result("beta")["summary"] if r["errors"] == space}
+        assert gains["relative", 2.0] > max(gain for (rule, _), gain in gains.items() if rule == "number")
+
+
+def healthy_rows() -> list[str]:
+    keys = ("first |margin|", "last loss", "last accuracy", "norm 50%", "norm 90%", "reward")
+    return [
+        f"| {r['run']} | " + " | ".join(f"{r[key]:.2g}" for key in keys) + " |" for r in result("healthy")["summary"]
+    ]
+
+
+def test_the_page_on_healthy_runs_shows_the_committed_figures_and_a_picture_of_each_run():
+    page = (ROOT / "docs" / "healthy.md").read_text()
+    for row in healthy_rows():
+        assert row in page, row
+    assert f"from {result('healthy')['reward of the base']:.2g}" in page
+    for case in CASES:
+        name = f"benchmarks/results/healthy-{case.name}.png"
+        assert (ROOT / name).is_file()
+        assert f"(../{name})" in page
 
 
 def test_the_precision_page_shows_the_committed_figures():

@@ -35,7 +35,7 @@ def test_the_demo_prints_a_result_a_progress_bar_and_writes_pictures(demo):
     assert "win rate over the base" in runs[0].stdout
     assert "95% interval" in runs[0].stdout
     assert "aligning" in runs[0].stderr  # tqdm's bar
-    for name in ("samples.png", "reward.png"):
+    for name in ("samples.png", "reward.png", "margins.png"):
         assert (outs[0] / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -24,6 +24,7 @@ from ncp_loss import (
     mapo_loss,
     ncp_dpo_loss,
     preference_metrics,
+    relative_beta,
     sft_loss,
 )
 from ncp_loss.objectives import LOSS_TYPES
@@ -351,6 +352,64 @@ def test_nothing_reads_a_value_of_an_error_beta_or_timestep():
     assert kto_loss(e, e, e.bool(), beta=e).shape == kto_loss(e, e, e.bool(), kl=0.1).shape == ()
     assert preference_metrics(e, e, e, (e, e), e)["loss"].shape == ()
     assert by_timestep(e, e)["0-250"].shape == ()
+    assert relative_beta(e, e).shape == (4,)
+
+
+positive = st.floats(1e-12, 1e6)
+positive_quads = st.lists(st.tuples(positive, positive, positive, positive), min_size=1, max_size=5)
+
+
+@given(rows=positive_quads, kappa=st.floats(1e-3, 1e3))
+def test_a_relative_beta_times_the_margin_is_kappa_times_the_margin_over_the_references_error(rows, kappa):
+    errors = columns(rows)
+    beta = relative_beta(*errors[2:], kappa)
+    for found, (chosen, rejected, ref_chosen, ref_rejected) in zip(beta.tolist(), rows, strict=True):
+        margin = (rejected - ref_rejected) - (chosen - ref_chosen)
+        assert found * margin == pytest.approx(kappa * margin / (0.5 * (ref_chosen + ref_rejected)), rel=1e-12)
+
+
+@given(rows=positive_quads, exponents=st.lists(st.integers(-40, 40), min_size=5, max_size=5))
+def test_with_a_relative_beta_the_scale_of_no_pairs_errors_matters(rows, exponents):
+    errors = columns(rows)
+    scaled = [e * torch.tensor([2.0**n for n in exponents[: len(rows)]], dtype=torch.float64) for e in errors]
+    losses = [dpo_loss(*e, beta=relative_beta(*e[2:]), reduction="none") for e in (errors, scaled)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)  # powers of two: to the bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_relative_beta_is_finite_for_every_error_and_no_pair_changes_another(dtype):
+    least, most = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    ref = torch.tensor([0.5, 0.0, least, most, math.inf, math.nan], dtype=dtype)
+    beta = relative_beta(ref, ref, kappa=2.0)
+    assert beta.dtype == torch.float32
+    assert (beta.isfinite() & (beta > 0)).all()
+    assert beta[0] == 4
+    loss = dpo_loss(ref[:4], ref[:4], ref[:4], ref[:4], beta=beta[:4], reduction="none")
+    torch.testing.assert_close(loss, torch.full((4,), math.log(2)))
+    assert preference_metrics(loss, ref[:4], ref[:4], (ref[:4], ref[:4]), beta[:4])["rewards/margins"] == 0
+
+
+def test_kappa_is_beta_by_the_references_errors_and_a_batch_in_parts_is_the_whole_batch():
+    """As in gradient accumulation, or over several processes: nothing is shared between pairs."""
+    unet = sd15(dtype=torch.float64)
+    ncp, arguments = NoiseConditionedPerceptualLoss(unet), batch(unet, 4, pairs=True, height=8, width=8)
+    whole, metrics = ncp_dpo_loss(ncp, **arguments, kappa=3.0, reduction="none")
+    error, ref = ncp.errors(**arguments, pairs=True)
+    beta = 6.0 / (ref[:4] + ref[4:])
+    torch.testing.assert_close(whole, dpo_loss(*error.chunk(2), *ref.chunk(2), beta=beta, reduction="none"))
+    margins = beta * ((error[4:] - ref[4:]) - (error[:4] - ref[:4]))
+    torch.testing.assert_close(metrics["rewards/margins"], margins.mean().detach())
+    for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        part = {name: value[rows] for name, value in arguments.items()}
+        alone = ncp_dpo_loss(ncp, **part, kappa=3.0, reduction="none").loss
+        torch.testing.assert_close(alone, whole[rows[:2]], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kappa", [0, -1.0, math.nan, math.inf])
+def test_a_kappa_that_is_not_positive_and_finite_is_refused_by_name(kappa):
+    e = torch.ones(2)
+    with pytest.raises(ValueError, match="kappa must be a positive number"):
+        relative_beta(e, e, kappa)
 
 
 def test_metrics_have_everyone_elses_names_signs_and_ties():

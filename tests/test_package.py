@@ -15,7 +15,7 @@ import pytest
 import ncp_loss
 
 PACKAGE = Path(ncp_loss.__file__).parent
-CODE_LINES = 1810  # a budget; CONTRIBUTING.md says it too
+CODE_LINES = 1821  # a budget; CONTRIBUTING.md says it too
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 IMPORT = """
 import json, sys, time
@@ -109,7 +109,7 @@ def test_public_names_are_those_of_the_contract_and_documented():
     assert set(ncp_loss.__all__) == {
         *("FlowSchedule", "NoiseConditionedPerceptualLoss", "NoiseSchedule", "PreferenceOutput", "frozen_view"),
         *("cpo_loss", "dpo_loss", "sft_loss", "ncp_cpo_loss", "ncp_dpo_loss", "ncp_sft_loss"),
-        *("mapo_loss", "kto_loss", "preference_metrics", "by_timestep", "absolute_winners"),
+        *("mapo_loss", "kto_loss", "preference_metrics", "by_timestep", "relative_beta", "absolute_winners"),
     }
     for name in ncp_loss.__all__:
         assert len(getattr(ncp_loss, name).__doc__.splitlines()) > 0

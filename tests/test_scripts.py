@@ -271,10 +271,11 @@ def test_precomputed_reference_predictions_are_used_again_for_the_same_settings_
     assert len(list(pairs.glob("reference-*"))) == 2
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(made, call, tmp_path):
+@pytest.mark.parametrize("beta", [["--beta_dpo", 2500], ["--kappa", 2500]])
+def test_accumulated_gradients_are_those_of_the_whole_batch(made, call, tmp_path, beta):
     # With so large an epsilon AdamW's step is proportional to the gradient, so that its scale shows too.
     gradient = ["--adam_epsilon", 1, "--learning_rate", 1, "--max_grad_norm", 1e9, "--loss_space", "latent"]
-    options = ["--train_data_dir", made.pairs, *gradient, "--max_train_steps", 1]
+    options = ["--train_data_dir", made.pairs, *gradient, *beta, "--max_train_steps", 1]
     call("train_dpo_lora_sdxl", made.sdxl, tmp_path / "whole", *options, "--train_batch_size", 4)
     call("train_dpo_lora_sdxl", made.sdxl, tmp_path / "parts", *options, "--gradient_accumulation_steps", 2)
     whole, parts = (load_file(tmp_path / name / LORA) for name in ("whole", "parts"))
@@ -487,6 +488,7 @@ def test_what_is_not_an_image_or_a_caption_is_refused(refused, tmp_path):
         (["--resolution", "60"], "--resolution must be a multiple of 8; it was 60"),
         (["--train_batch_size", "0"], "--train_batch_size must be a positive number; it was 0"),
         (["--beta_dpo", "-1"], "--beta_dpo must be a positive number; it was -1.0"),
+        (["--kappa", "0"], "--kappa must be a positive number; it was 0.0"),
         (["--resume_from_checkpoint", "elsewhere"], "--resume_from_checkpoint must be 'latest' or a folder named"),
         (["--loss_space", "pixels"], "invalid choice: 'pixels'"),
     ],
