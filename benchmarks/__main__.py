@@ -18,6 +18,7 @@ BENCHMARKS = {
     "kernels": "what the fused kernels compile to, and the memory they move",
     "winners": "what the filter of absolute winners takes, at the size of Pick-a-Pic v2",
     "alignment": "digits aligned with the encoder in float32 and in bfloat16",
+    "emoji": "the emoji testbed: trains its networks, draws their samples, measures its judges",
 }
 
 
