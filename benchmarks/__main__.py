@@ -19,6 +19,7 @@ BENCHMARKS = {
     "winners": "what the filter of absolute winners takes, at the size of Pick-a-Pic v2",
     "alignment": "digits aligned with the encoder in float32 and in bfloat16",
     "emoji": "the emoji testbed: trains its networks, draws their samples, measures its judges",
+    "evidence": "whether perceptual errors align better, where and with which settings: PROTOCOL.md",
 }
 
 

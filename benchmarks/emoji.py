@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="train what is not trained yet; hours on a CPU core")
     parser.add_argument("--work", type=Path, default=Path(".cache/emoji"), help="data and checkpoints")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--judge-steps", type=int, default=600)
     parser.add_argument("--unet-steps", type=int, default=20_000)
     parser.add_argument("--early", type=int, default=500, help="steps of the U-Net whose encoder is kept as well")
 

@@ -152,8 +152,9 @@ def load_coder(folder: Path = WEIGHTS) -> Coder:
     return coder
 
 
-def load_generator(folder: Path = WEIGHTS) -> Generator:
-    path = folder / "emoji_unet.safetensors"
+def load_generator(folder: Path = WEIGHTS, early: bool = False) -> Generator:
+    """U-Net and text; `early`: of a checkpoint, to the end of the down blocks, the rest untrained."""
+    path = folder / f"emoji_unet{'_early' if early else ''}.safetensors"
     generator = Generator(note(path)["vocabulary"].split())
-    load(path, generator)
+    load(path, generator, strict=not early)
     return generator
