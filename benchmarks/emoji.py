@@ -128,7 +128,7 @@ class Fit:
 def train_coder(args: argparse.Namespace, images: Tensor) -> Fit:
     """The autoencoder: absolute error and a small divergence; images are shifted by up to two pixels."""
     coder = Coder()
-    fit = Fit(args.work / "vae.pt", coder, lr=1e-3, average=0.995)
+    fit = Fit(args.work / "vae.pt", coder.vae, lr=1e-3, average=0.995)
 
     def loss_of() -> Tensor:
         batch = shifted(images[torch.randint(len(images), (16,))])
@@ -137,8 +137,8 @@ def train_coder(args: argparse.Namespace, images: Tensor) -> Fit:
         return F.l1_loss(decoded, batch) + 1e-6 * posterior.kl().mean()
 
     fit.run(args.vae_steps, loss_of)
-    coder.load_state_dict(fit.mean)
-    coder.scale = 1 / coder.latents(images).std()
+    coder.vae.load_state_dict(fit.mean)
+    coder.normalize(images)
     save(args.weights / "emoji_vae.safetensors", coder.state_dict())
     return fit
 

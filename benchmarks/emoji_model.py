@@ -81,12 +81,19 @@ class Generator(nn.Module):
 
 
 class Coder(nn.Module):
-    """The autoencoder with the scale that brings latents to unit variance."""
+    """The autoencoder, and the mean and deviation of each latent channel, by which latents are normalized."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vae = new_vae()
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(LATENT, 1, 1))
+        self.register_buffer("deviation", torch.ones(LATENT, 1, 1))
+
+    @torch.no_grad()
+    def normalize(self, images: Tensor) -> None:
+        """Take the mean and the scale from the latents of these images."""
+        found = torch.cat([self.encode(part).mean for part in images.split(64)])
+        self.mean, self.deviation = (x.view_as(self.mean) for x in (found.mean((0, 2, 3)), found.std((0, 2, 3))))
 
     def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
         blocks = F.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
@@ -97,13 +104,13 @@ class Coder(nn.Module):
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """(N, 4, 8, 8), of unit variance: the posterior's mean."""
-        return torch.cat([self.encode(part).mean for part in images.split(64)]) * self.scale
+        """(N, 4, 8, 8): the posterior's mean, normalized."""
+        return torch.cat([(self.encode(part).mean - self.mean) / self.deviation for part in images.split(64)])
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """(N, 3, 32, 32) in [-1, 1]."""
-        return torch.cat([self.decode(part / self.scale) for part in latents.split(64)]).clamp(-1, 1)
+        return torch.cat([self.decode(part * self.deviation + self.mean) for part in latents.split(64)]).clamp(-1, 1)
 
 
 def seeded_noise(seeds: range) -> Tensor:

@@ -63,6 +63,7 @@ class Study:
             lambda seed, data: self.start(seed, data).measure(self.bed.base)
         )
         self.tuned: dict[str, tuple[float, float]] = {}
+        self.flops: dict[str, int] = {}
         self.runs: list[Record] = []
 
     def arms(self, arms: list[Arm]) -> list[Arm]:
@@ -105,7 +106,7 @@ class Study:
             before = self.before(seed, arm.data)
             if shown:
                 self.show("base model", before)
-            record = trained(arm, self.bed, start, before, seed, lr, kappa, self.points, keep)
+            record = trained(arm, self.bed, start, before, seed, lr, kappa, self.points, self.flops, keep)
             return {"phase": phase, **record}
 
         record = self.kept.get(f"{phase}: {arm.name}, seed {seed}, lr {lr}, kappa {kappa}", make)

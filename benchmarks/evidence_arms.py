@@ -280,12 +280,18 @@ def trained(
     lr: float,
     kappa: float,
     points: tuple[int, ...],
+    flops: dict[str, int],
     last: Callable[[Measures], None] = lambda measures: None,
 ) -> dict[str, Any]:
-    """A run's record; it ends early where a gradient is not finite, and says so. `last` gets the end's samples."""
+    """A run's record; it ends early where a gradient is not finite, and says so.
+
+    `flops` keeps what a step of each arm costs; `last` gets the samples at the end.
+    """
     run = Run(arm, bed, start, seed, lr, kappa)
+    if arm.name not in flops:
+        flops[arm.name] = run.flops()
     record: dict[str, Any] = {"arm": arm.name, "seed": seed, "lr": lr, "kappa": kappa, "beta": run.beta}
-    record |= {"mean error": run.mean_error, "FLOPs a step": run.flops(), "finite": True}
+    record |= {"mean error": run.mean_error, "FLOPs a step": flops[arm.name], "finite": True}
     record["points"] = [
         {"step": 0, "seconds": 0.0, **measured(before, before), "winner error": 1.0, "loser error": 1.0}
     ]
