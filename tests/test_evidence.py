@@ -118,7 +118,7 @@ UNLIKE = {
 }
 
 
-@pytest.mark.parametrize("arm", UNLIKE, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", UNLIKE.values(), ids=lambda arm: arm.name)
 def test_every_arm_moves_the_adapters(bed, start, arm):
     run = Run(arm, bed, start, seed=3, lr=1e-3, kappa=3.0)
     before = [value.detach().clone() for value in run.parameters]
