@@ -70,7 +70,7 @@ def train(args: argparse.Namespace, emoji: Parts) -> dict[str, dict[str, float]]
     """Autoencoder, judges, generator, in this order; the steps and the seconds that each took."""
     fits = {"autoencoder": train_coder(args, emoji.generator.images.flatten(0, 1))}
     coder = load_coder(args.weights)  # as the committed weights have it: rounded to half precision
-    fits["style judge"], fits["caption judge"] = train_judges(args, coder, emoji.judges.images)
+    fits["caption judge"] = train_judges(args, coder, emoji.judges.images)
     fits["generator"] = train_generator(args, coder, emoji.generator)
     return {name: {"steps": fit.step, "seconds": round(fit.seconds)} for name, fit in fits.items()}
 
@@ -150,27 +150,21 @@ def shifted(images: Tensor, reach: int = 2) -> Tensor:
     return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
-def train_judges(args: argparse.Namespace, coder: Coder, drawings: Tensor) -> list[Fit]:
-    """On drawings (N, 2, 3, 32, 32), varied, half of them as the autoencoder gives them back."""
+def train_judges(args: argparse.Namespace, coder: Coder, drawings: Tensor) -> Fit:
+    """On drawings (N, 2, 3, 32, 32) and what the autoencoder makes of them; the caption judge sees them varied."""
     judges, decoded = Judges(), reconstructed(coder, drawings)
+    judges.style.fit(*torch.cat([drawings, decoded]).unbind(1))
 
-    def drawn(count: int) -> Tensor:
-        rows = torch.randperm(len(drawings))[:count]
+    def loss_of() -> Tensor:
+        rows = torch.randperm(len(drawings))[:96]
         images = torch.where(torch.rand(len(rows), 2, 1, 1, 1) < 0.5, drawings[rows], decoded[rows])
-        return varied(shifted(images.flatten(0, 1))).unflatten(0, (len(rows), 2))
+        return contrast(judges.caption, varied(shifted(images.flatten(0, 1))).unflatten(0, (len(rows), 2)))
 
-    def style_loss() -> Tensor:
-        odds = judges.style(drawn(32).flatten(0, 1)).squeeze(1)
-        return F.binary_cross_entropy_with_logits(odds, torch.tensor([0.0, 1.0]).repeat(len(odds) // 2))
-
-    fits = []
-    for judge, loss_of in ((judges.style, style_loss), (judges.caption, lambda: contrast(judges.caption, drawn(96)))):
-        name = "style" if judge is judges.style else "caption"
-        fits.append(Fit(args.work / f"{name}.pt", judge, lr=2e-3, average=0.99))
-        fits[-1].run(args.judge_steps, loss_of)
-        judge.load_state_dict(fits[-1].mean)
+    fit = Fit(args.work / "caption.pt", judges.caption, lr=2e-3, average=0.99)
+    fit.run(args.judge_steps, loss_of)
+    judges.caption.load_state_dict(fit.mean)
     save(args.weights / "emoji_judges.safetensors", judges.state_dict())
-    return fits
+    return fit
 
 
 def reconstructed(coder: Coder, drawings: Tensor) -> Tensor:
@@ -183,7 +177,7 @@ def train_generator(args: argparse.Namespace, coder: Coder, emoji: Emoji) -> Fit
     fit = Fit(args.work / "unet.pt", generator, lr=1e-3)
     latents = coder.latents(emoji.images.flatten(0, 1)).unflatten(0, emoji.images.shape[:2])
     tokens, nothing = generator.text.tokens(emoji.captions), generator.text.tokens([""])
-    scheduler, count = new_scheduler(), 64
+    scheduler, count = new_scheduler(), 32
 
     def loss_of() -> Tensor:
         rows = torch.randint(len(latents), (count,))

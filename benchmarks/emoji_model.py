@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.digits import new_scheduler
@@ -137,9 +138,10 @@ def sample(
 
 
 def save(path: Path, weights: dict[str, Tensor], note: dict[str, str] | None = None) -> None:
-    """The weights in half precision, and a note beside them."""
+    """The weights, matrices and filters in half precision, and a note beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in weights.items()}, path, metadata=note)
+    small = {name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in weights.items()}
+    path.write_bytes(safetensors.torch.save(small, metadata=note))
 
 
 def note(path: Path) -> dict[str, str]:

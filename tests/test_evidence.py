@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import emoji_data, evidence
 from benchmarks.emoji import Fit
-from benchmarks.emoji_judges import Judges, kernel_distance
+from benchmarks.emoji_judges import STEEP, Judges, accuracy, edges, kernel_distance, palette
 from benchmarks.evidence_arms import (
     ARMS,
     MAIN,
@@ -269,3 +269,28 @@ def test_measures_name_what_the_protocol_names():
     for seed in (*evidence.TUNING, *evidence.FRESH):
         assert str(seed) in protocol
     assert isinstance(MAIN[0], Arm)
+
+
+def test_the_style_judge_learns_style_from_other_captions_than_it_is_asked_about():
+    emoji = emoji_data.stand_in(60)
+    judges = Judges()
+    learned, asked = emoji.part(range(40)), emoji.part(range(40, 60))
+    judges.style.fit(*learned.images.unbind(1))
+    right = accuracy(judges, asked.images, asked.images)
+    assert right.style > 0.9
+    judges.style.fit(learned.images[:, 1], learned.images[:, 0])
+    assert accuracy(judges, asked.images, asked.images).style == pytest.approx(1 - right.style)
+
+
+def test_colours_are_shares_and_edges_are_counted_where_they_are():
+    images = torch.ones(1, 3, 32, 32)
+    white = palette(images)
+    assert white.argmax() == 215
+    assert white.square().sum() == pytest.approx(1.0)
+    assert edges(images).count_nonzero() == 0
+    images[..., 16:] = -1
+    assert palette(images).square().topk(2).values[0].tolist() == pytest.approx([0.5, 0.5])
+    steep = edges(images)[0]
+    assert steep[: len(STEEP)].tolist() == pytest.approx([1 / 32] * len(STEEP))  # one column of pixels
+    places = steep[len(STEEP) :][:16].view(4, 4)
+    assert places.nonzero()[:, 1].unique().tolist() == [1]  # the last before the middle
