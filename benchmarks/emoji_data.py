@@ -109,13 +109,18 @@ def parts(emoji: Emoji) -> Parts:
             "held_out": (11 / 12, 1),
         }.items()
     }
+    rows["requests"].sort(key=lambda row: _hash(emoji.captions[row]))  # the first of them are of every kind
     return Parts(**{name: emoji.part(found) for name, found in rows.items()})
 
 
 def _fraction(caption: str) -> float:
     """A number in [0, 1) that depends on the caption alone: the division is the same on every machine."""
     key = " ".join(word for word in caption.split() if word not in SIGN_OF_PERSON)
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+    return int.from_bytes(_hash(key)[:4], "big") / 2**32
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def stand_in(count: int = 60) -> Emoji:

@@ -62,7 +62,7 @@ class Digits:
 
     def __init__(self, work: Path, tiny: bool) -> None:
         self.base, self.judge, self.tiny = digits.load_unet(), digits.Judge(), tiny
-        self.batch = 2 if tiny else 16
+        self.batch, self.sampling = (2, 5) if tiny else (16, 20)  # pairs a step; DDIM steps
         _, (images, labels) = digits.real_digits()
         self.real, self.real_labels = F.avg_pool2d(images, 2).flatten(1), labels
         self.forest = RandomForestClassifier(200, random_state=0).fit(self.real.numpy(), labels.numpy())
@@ -87,7 +87,8 @@ class Digits:
         """Requests (R,), and for each of them the rewards (R, each) and the images of samples of the base model."""
         labels = torch.arange(count) % digits.CLASSES
         asked = labels.repeat_interleave(each)
-        images = digits.sample(self.base, asked, digits.seeded_noise(range(first, first + len(asked))))
+        noise = digits.seeded_noise(range(first, first + len(asked)))
+        images = digits.sample(self.base, asked, noise, self.sampling)
         rewards, _ = self.judge(images, asked)
         return labels, rewards.unflatten(0, (count, each)), images.unflatten(0, (count, each))
 
@@ -99,7 +100,7 @@ class Digits:
     def _measure(self, unet: UNet2DConditionModel, first: int) -> Measures:
         count = 20 if self.tiny else 200
         asked = torch.arange(count) % digits.CLASSES
-        images = digits.sample(unet, asked, digits.seeded_noise(range(first, first + count)))
+        images = digits.sample(unet, asked, digits.seeded_noise(range(first, first + count)), self.sampling)
         small = F.avg_pool2d(images, 2).flatten(1)
         rewards, _ = self.judge(images, asked)
         match = torch.from_numpy(self.forest.predict(small.numpy())) == asked
