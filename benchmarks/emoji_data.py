@@ -109,7 +109,7 @@ def parts(emoji: Emoji) -> Parts:
             "held_out": (11 / 12, 1),
         }.items()
     }
-    rows["requests"].sort(key=lambda row: _hash(emoji.captions[row]))  # the first of them are of every kind
+    rows["requests"].sort(key=lambda row: _hash(f"request {emoji.captions[row]}"))  # the first of them are of every kind
     return Parts(**{name: emoji.part(found) for name, found in rows.items()})
 
 
