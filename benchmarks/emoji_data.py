@@ -109,7 +109,8 @@ def parts(emoji: Emoji) -> Parts:
             "held_out": (11 / 12, 1),
         }.items()
     }
-    rows["requests"].sort(key=lambda row: _hash(f"request {emoji.captions[row]}"))  # the first of them are of every kind
+    # The first requests are then of every kind, not flags, with which the table begins.
+    rows["requests"].sort(key=lambda row: _hash(f"request {emoji.captions[row]}"))
     return Parts(**{name: emoji.part(found) for name, found in rows.items()})
 
 
