@@ -1,0 +1,231 @@
+"""Does alignment on perceptual errors learn better, where, and with which settings? See PROTOCOL.md.
+
+Tunes the arms that have a grid, trains every arm on fresh seeds, and writes evidence-TESTBED.json after each run, with
+all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run), evidence-TESTBED.png (the
+curves) and evidence-TESTBED-samples.png. An interrupted study goes on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from scipy.stats import t as student
+
+from benchmarks import report
+from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, trained
+from benchmarks.evidence_beds import BEDS, Measures, Start
+
+RATES, KAPPAS = (1e-4, 3e-4, 1e-3), (1.0, 3.0, 8.0, 25.0)
+TUNING, REPEATED = (100, 101), 3
+FRESH = (10, 11, 12, 13, 14)
+DAMAGED = 0.10  # that much less of the samples match than of the base model's
+COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.ORANGE, report.BLUE, report.RED), strict=True))
+Record = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--testbed", choices=list(BEDS), default="digits")
+    parser.add_argument("--work", type=Path, default=Path(".cache/emoji"), help="the emoji's drawings")
+    parser.add_argument("--only", choices=("main", "all"), default="all", help="the four main arms, or all of them")
+
+
+def run(args: argparse.Namespace) -> None:
+    study = Study(args)
+    for arm in study.arms(MAIN):
+        study.compare(arm)
+    if args.only == "all":
+        for arm in study.arms([arm for arm in ARMS if arm not in MAIN]):
+            study.compare(arm)
+    study.finish()
+
+
+class Study:
+    """All runs on one testbed, kept as they come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.name = args, f"evidence-{args.testbed}"
+        self.kept = report.Kept(args.out / f"{self.name}.partial.json", args.resume)
+        self.bed: Bed = BEDS[args.testbed](args.work, args.tiny)
+        self.rates, self.kappas, self.tuning, self.fresh = RATES, KAPPAS, TUNING, FRESH
+        self.points = self.bed.points
+        if args.tiny:
+            self.rates, self.kappas, self.tuning, self.fresh, self.points = (1e-3,), (3.0,), (100,), (10,), (1, 2)
+        self.start = cache(self.bed.start)
+        self.before: Callable[[int, str], Measures] = cache(
+            lambda seed, data: self.start(seed, data).measure(self.bed.base)
+        )
+        self.tuned: dict[str, tuple[float, float]] = {}
+        self.flops: dict[str, int] = {}
+        self.runs: list[Record] = []
+
+    def arms(self, arms: list[Arm]) -> list[Arm]:
+        """Those of this testbed; of a tiny study two, and one that inherits."""
+        found = [arm for arm in arms if self.args.testbed in arm.beds]
+        if not self.args.tiny:
+            return found
+        return [found[0], found[2]] if arms == MAIN else [arm for arm in found if arm.inherits == "NCP-DPO"][:1]
+
+    def settings(self, arm: Arm) -> tuple[float, float]:
+        """Learning rate and kappa: tuned, or those of the arm that it inherits from."""
+        if arm.inherits:
+            lr, kappa = self.tuned[arm.inherits]
+            return lr, kappa if arm.kappa is None else arm.kappa
+        if arm.name not in self.tuned:
+            self.tuned[arm.name] = self.tune(arm)
+        return self.tuned[arm.name]
+
+    def tune(self, arm: Arm) -> tuple[float, float]:
+        """The grid on the first tuning seed, the best three again on the other: the best mean of both."""
+        kappas = (1.0,) if arm.objective == "sft" else self.kappas
+        grid, first = list(itertools.product(self.rates, kappas)), self.tuning[0]
+        scores = {setting: [score(self.one("tuning", arm, first, *setting))] for setting in grid}
+        best = sorted(grid, key=lambda setting: ranked(scores[setting]), reverse=True)[:REPEATED]
+        for seed in self.tuning[1:]:
+            for setting in best:
+                scores[setting].append(score(self.one("tuning", arm, seed, *setting)))
+        return max(best, key=lambda setting: ranked(scores[setting]))
+
+    def compare(self, arm: Arm) -> None:
+        lr, kappa = self.settings(arm)
+        for seed in self.fresh:
+            self.one("comparison", arm, seed, lr, kappa)
+
+    def one(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
+        def make() -> Record:
+            start: Start = self.start(seed, arm.data)
+            shown = phase == "comparison" and seed == self.fresh[0] and arm in MAIN
+            keep = (lambda measures: self.show(arm.name, measures)) if shown else (lambda measures: None)
+            before = self.before(seed, arm.data)
+            if shown:
+                self.show("base model", before)
+            record = trained(arm, self.bed, start, before, seed, lr, kappa, self.points, self.flops, keep)
+            return {"phase": phase, **record}
+
+        record = self.kept.get(f"{phase}: {arm.name}, seed {seed}, lr {lr}, kappa {kappa}", make)
+        self.runs.append(record)
+        end = record["points"][-1]
+        print(
+            f"{phase} {arm.name}, seed {seed}, lr {lr:g}, kappa {kappa:g}: step {end['step']}, reward "
+            f"{end['reward']:.3f}, match {end['match']:.3f}; undamaged {score(record)[0]:.3f}",
+            flush=True,
+        )
+        self.write()
+        return record
+
+    def show(self, name: str, measures: Measures, columns: int = 32) -> None:
+        """The first samples of a run, a strip of the sheet that `finish` puts together."""
+        images = ((measures.images[:columns] + 1) / 2).expand(-1, 3, -1, -1)
+        plt.imsave(self.strip(name), images.permute(2, 0, 3, 1).flatten(1, 2).contiguous().numpy())
+
+    def strip(self, name: str) -> Path:
+        folder = self.args.out / f"{self.name}-samples.partial"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{name}.png"
+
+    def sheet(self, path: Path) -> None:
+        """The same requests and noise in every row."""
+        strips = {name: self.strip(name) for name in ("base model", *COLORS)}
+        found = {name: plt.imread(strip) for name, strip in strips.items() if strip.is_file()}
+        figure, axes = report.new_figure(rows=len(found), width=11, height=0.45 * len(found))
+        for axis, (name, image) in zip(axes, found.items(), strict=True):
+            axis.imshow(image)
+            axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            axis.spines[:].set_visible(False)
+        report.save_figure(path, figure)
+
+    def write(self) -> None:
+        settings = {name: dict(zip(("lr", "kappa"), found, strict=True)) for name, found in self.tuned.items()}
+        content = {"tuned": settings, "summary": summary(self.runs), "runs": self.runs}
+        path = self.args.out / f"{self.name}.json"
+        report.write_json(path, report.record(self.args.device, self.kept.seconds) | content)
+
+    def finish(self) -> None:
+        rows = [
+            {**{key: run[key] for key in ("phase", "arm", "seed", "lr", "kappa", "finite")}, **point}
+            for run in self.runs
+            for point in run["points"]
+        ]
+        report.write_csv(self.args.out / f"{self.name}.csv", rows)
+        draw(self.args.out / f"{self.name}.png", self.runs, self.args.testbed)
+        self.sheet(self.args.out / f"{self.name}-samples.png")
+        shown = [f"{name}{end}" for name in ("undamaged reward", "mean reward") for end in ("", " ±")]
+        found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(self.runs)]
+        report.print_table(f"On {self.args.testbed}, fresh seeds", found, dict.fromkeys(shown, ".3f"))
+
+
+def score(record: Record) -> tuple[float, float]:
+    """The highest reward among the points that are not damaged, the base model's among them; the mean reward."""
+    points = record["points"]
+    kept = [point["reward"] for point in points if point["match"] >= points[0]["match"] - DAMAGED]
+    rewards = [point["reward"] for point in points[1:]] if record["finite"] else [points[0]["reward"]]
+    return max(kept) if record["finite"] else points[0]["reward"], statistics.mean(rewards)
+
+
+def ranked(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """What settings are ordered by: the mean reward at kept fidelity, to 0.01; where that is the same, the mean."""
+    undamaged, mean = (statistics.mean(values) for values in zip(*scores, strict=True))
+    return round(undamaged, 2), mean
+
+
+def summary(runs: list[Record]) -> list[Record]:
+    """A row for each arm: means over the fresh seeds with 95% intervals, and paired differences to the main arms."""
+    by_arm: dict[str, dict[int, tuple[float, float]]] = {}
+    for record in runs:
+        if record["phase"] == "comparison":
+            by_arm.setdefault(record["arm"], {})[record["seed"]] = score(record)
+    rows = []
+    for arm, found in by_arm.items():
+        row: Record = {"arm": arm, "seeds": len(found)}
+        for index, name in enumerate(("undamaged reward", "mean reward")):
+            row |= interval(name, [scores[index] for scores in found.values()])
+            for other in (MAIN[0].name, MAIN[2].name):
+                theirs = by_arm.get(other, {})
+                shared = [found[seed][index] - theirs[seed][index] for seed in found if seed in theirs]
+                row |= interval(f"{name} over {other}", shared)
+        rows.append(row)
+    return rows
+
+
+def interval(name: str, values: list[float]) -> Record:
+    """Mean and half the width of its 95% t interval."""
+    if not values:
+        return {name: None, f"{name} ±": None}
+    count = len(values)
+    half = student.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    return {name: statistics.mean(values), f"{name} ±": half}
+
+
+def draw(path: Path, runs: list[Record], testbed: str) -> None:
+    """Reward against steps, and against the share of samples that match: the main arms, every fresh seed."""
+    figure, (by_step, by_match) = report.new_figure(columns=2, width=10.5)
+    chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in COLORS]
+    for name, color in COLORS.items():
+        ours = [run["points"] for run in chosen if run["arm"] == name]
+        for points in ours:
+            rewards = [point["reward"] for point in points]
+            by_step.plot([point["step"] for point in points], rewards, color=color, lw=0.8, alpha=0.35)
+            by_match.plot([point["match"] for point in points], rewards, color=color, lw=0.8, alpha=0.35, marker=".")
+        whole = [points for points in ours if len(points) == max(len(p) for p in ours)]
+        if whole:
+            means = {key: _means(whole, key) for key in ("step", "reward", "match")}
+            by_step.plot(means["step"], means["reward"], color=color, lw=2.2, marker="o", ms=4, label=name)
+            by_match.plot(means["match"], means["reward"], color=color, lw=2.2, marker="o", ms=4)
+    by_step.set(xlabel="training step", ylabel="mean held-out reward", xlim=(0, None))
+    by_match.set(xlabel="share of samples that match the request", ylabel="mean held-out reward")
+    by_step.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{testbed.capitalize()}: thick lines are means over seeds, thin ones the seeds", fontsize=10)
+    report.save_figure(path, figure)
+
+
+def _means(runs: list[list[Record]], key: str) -> list[float]:
+    return [statistics.mean(point[key] for point in points) for points in zip(*runs, strict=True)]

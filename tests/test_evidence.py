@@ -1,0 +1,300 @@
+"""The evidence study measures what its protocol says, on drawings that its judges and generators share fairly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import emoji_data, evidence
+from benchmarks.emoji import Fit
+from benchmarks.emoji_judges import STEEP, Judges, accuracy, edges, kernel_distance, palette
+from benchmarks.evidence_arms import (
+    ARMS,
+    MAIN,
+    Arm,
+    Run,
+    drawn,
+    encoder_of,
+    errors_of,
+    latent_errors,
+    mean_error,
+    safeguarded,
+)
+from benchmarks.evidence_beds import Digits, Measures, Pairs, Start, _decided, _tournament
+from examples.digits import condition, new_scheduler, real_digits
+from ncp_loss import NoiseConditionedPerceptualLoss
+
+
+@pytest.fixture(scope="module")
+def bed():
+    return Digits(Path(), tiny=True)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Pairs of real digits, which need no sampling: a label's image over another label's."""
+    (images, labels), _ = real_digits()
+    pairs = Pairs(images[:32], images[32:64], condition(labels[:32]))
+    return Start(pairs, pairs, lambda unet: None)
+
+
+def test_parts_share_no_caption_and_people_who_do_the_same_stay_together():
+    captions = [f"{who} doing {index}" for index in range(300) for who in ("man", "woman", "person")]
+    parts = emoji_data.parts(emoji_data.Emoji(captions, torch.arange(len(captions)).float()))
+    generator, judges, held_out = (set(part.captions) for part in (parts.generator, parts.judges, parts.held_out))
+    assert generator | judges | held_out == set(captions)
+    assert not generator & judges
+    assert not (generator | judges) & held_out
+    assert set(parts.pairs.captions) | set(parts.requests.captions) == generator
+    assert not set(parts.pairs.captions) & set(parts.requests.captions)
+    assert all(f"woman {caption[4:]}" in judges for caption in judges if caption.startswith("man "))
+    assert 0.6 < len(generator) / len(captions) < 0.73
+
+
+def test_images_of_a_part_are_those_of_its_captions():
+    emoji = emoji_data.stand_in()
+    part = emoji.part([5, 2])
+    assert part.captions == [emoji.captions[5], emoji.captions[2]]
+    assert torch.equal(part.images, torch.stack([emoji.images[5], emoji.images[2]]))
+
+
+def test_kernel_distance_is_that_of_its_definition_and_zero_on_average_for_one_distribution():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(count, 3, generator=generator).double() + 1 for count in (4, 5))
+    unit = b.square().mean().sqrt()
+
+    def kernel(x, y):
+        return (float(x @ y) / unit.item() ** 2 / 3 + 1) ** 3
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    right = mean(kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j)
+    right += mean(kernel(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j)
+    right -= 2 * mean(kernel(x, y) for x in a for y in b)
+    assert kernel_distance(a, b) == pytest.approx(right)
+    same = [kernel_distance(*torch.randn(2, 50, 8, generator=generator)) for _ in range(200)]
+    mean_of_same, error = sum(same) / 200, float(torch.tensor(same).std()) / 200**0.5
+    assert abs(mean_of_same) < 3 * error
+    assert (
+        kernel_distance(torch.randn(50, 8, generator=generator) + 1, torch.randn(50, 8)) > 10 * max(map(abs, same)) / 4
+    )
+
+
+def test_a_drawing_matches_its_own_caption_and_counts_those_that_are_nearer():
+    emoji = emoji_data.stand_in(20)
+    judges = Judges().eval()
+    own = torch.arange(20)
+    assert judges.matches(emoji.images[:, 1], emoji.images, own).all()
+    likeness = judges.likeness(emoji.images[:, 1], emoji.images)
+    farthest = likeness.argmin(1)
+    assert not judges.matches(emoji.images[:, 1], emoji.images, farthest).any()
+
+
+def test_training_goes_on_after_an_interruption_as_if_there_had_been_none(tmp_path):
+    def trained(path, *stops):
+        for steps in stops:
+            torch.manual_seed(7)
+            module = torch.nn.Linear(3, 1)
+            fit = Fit(tmp_path / path, module, lr=0.1)
+            fit.run(steps, lambda module=module: (module(torch.randn(4, 3)) - 1).square().mean(), decay=False)
+        return fit
+
+    whole, parted = trained("whole.pt", 9), trained("parted.pt", 4, 9)
+    assert parted.step == whole.step == 9
+    for name, value in whole.mean.items():
+        assert torch.equal(parted.mean[name], value)
+        assert not torch.equal(value, whole.module.state_dict()[name])
+
+
+# Of arms that differ only in what they inherit one is enough; an early encoder is not to be had for digits.
+UNLIKE = {
+    arm._replace(name="", inherits="", kappa=None, data="", beds=()): arm for arm in ARMS if arm.encoder != "early"
+}
+DEFAULT = Arm("")
+ALSO = [  # a slow test does the arms that only pass another option to the loss
+    pytest.param(arm, marks=pytest.mark.slow) if arm[5:9] != DEFAULT[5:9] else arm for arm in UNLIKE.values()
+]
+
+
+@pytest.mark.parametrize("arm", ALSO, ids=lambda arm: arm.name)
+def test_every_arm_moves_the_adapters(bed, start, arm):
+    run = Run(arm, bed, start, seed=3, lr=1e-3, kappa=3.0)
+    before = [value.detach().clone() for value in run.parameters]
+    assert run.step()
+    assert any(not torch.equal(value, old) for value, old in zip(run.parameters, before, strict=True))
+
+
+def test_beta_is_kappa_over_the_arms_own_mean_error(bed, start):
+    for arm in (MAIN[1], MAIN[2]):
+        errors = errors_of(arm, bed, 3)
+        batch = drawn(start.pairs, 16, torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            prediction = bed.base(*batch.question).sample
+        run = Run(arm, bed, start, seed=3, lr=1e-3, kappa=3.0)
+        assert run.beta * mean_error(errors, bed, start.pairs, 3) == pytest.approx(3.0)
+        scale = run.beta * errors(batch, prediction, None)[0].mean().item()
+        assert 0.3 < scale < 30.0, arm.name  # of other draws, and few of them
+
+
+def test_arms_of_a_seed_start_and_draw_alike(bed, start):
+    runs = [Run(arm, bed, start, seed=3, lr=1e-3, kappa=3.0) for arm in (MAIN[0], MAIN[2], MAIN[3])]
+    batches = [drawn(start.pairs, 2, run.generator) for run in runs]
+    for run, batch in zip(runs, batches, strict=True):
+        assert torch.equal(batch.noisy, batches[0].noisy)
+        assert all(torch.equal(a, b) for a, b in zip(run.parameters, runs[0].parameters, strict=True))
+
+
+def test_latent_errors_times_b2_are_the_displacement_of_the_reverse_step(bed, start):
+    batch = drawn(start.pairs, 4, torch.Generator().manual_seed(0))
+    prediction = bed.base(*batch.question).sample.detach()
+    found, _ = errors_of(MAIN[1], bed, 0)(batch, prediction, None)
+    scheduler = new_scheduler()
+    schedule = NoiseConditionedPerceptualLoss(bed.base, schedule=scheduler).schedule
+    back = schedule.reverse_step(batch.timesteps, 1)
+    moved = back.latents(batch.noisy, prediction, None) - back.latents(batch.noisy, batch.noise, None)
+    assert torch.allclose(found, moved.square().mean((1, 2, 3)), rtol=1e-3)
+
+
+def test_a_shuffled_encoder_has_the_same_entries_elsewhere_and_a_random_one_others(bed):
+    shuffled, fresh = (encoder_of(kind, bed, 0) for kind in ("shuffled", "random"))
+    for name, weight in bed.base.named_parameters():
+        other = shuffled.get_parameter(name)
+        assert torch.equal(weight.flatten().sort().values, other.flatten().sort().values)
+    name = "down_blocks.1.resnets.0.conv1.weight"
+    assert not torch.equal(bed.base.get_parameter(name), shuffled.get_parameter(name))
+    assert not torch.equal(bed.base.get_parameter(name), fresh.get_parameter(name))
+    assert encoder_of("base", bed, 0) is bed.base
+
+
+def test_the_safeguard_never_lets_a_step_raise_the_winners_error(bed, start):
+    batch = drawn(start.pairs, 8, torch.Generator().manual_seed(0))
+    prediction = bed.base(*batch.question).sample.detach().requires_grad_()
+    error, _ = latent_errors(batch, prediction, None)
+    chosen, _ = error.chunk(2)
+
+    def change_of_winners(loss):  # when both predictions take the mean step, as shared weights make them do
+        (slope,) = torch.autograd.grad(loss, prediction, retain_graph=True)
+        (winner,) = torch.autograd.grad(chosen.sum(), prediction, retain_graph=True)
+        step = slope.chunk(2)[0] + slope.chunk(2)[1]
+        return -(winner.chunk(2)[0] * step).sum().item()
+
+    # Losers as bad as they can be: a pull against the winners' own.
+    assert change_of_winners(chosen.sum() - error.chunk(2)[1].sum() * 5) > 0
+    assert change_of_winners(chosen.sum() - safeguarded(error, prediction).sum()) <= 0
+
+
+def test_runs_that_damage_their_samples_count_with_what_they_had_before():
+    def record(*points, finite=True):
+        found = [{"reward": reward, "match": match} for reward, match in points]
+        return {"points": found, "finite": finite}
+
+    kept = record((0.5, 0.8), (0.7, 0.75), (0.9, 0.71), (1.0, 0.3))
+    assert evidence.score(kept) == (0.9, pytest.approx((0.7 + 0.9 + 1.0) / 3))
+    assert evidence.score(record((0.5, 0.8), (1.0, 0.3))) == (0.5, 1.0)
+    assert evidence.score(record((0.5, 0.8), (1.0, 0.8), finite=False)) == (0.5, 0.5)
+
+
+def test_equal_rewards_are_ordered_by_the_mean_over_the_points():
+    assert evidence.ranked([(0.904, 0.7), (0.900, 0.7)]) > evidence.ranked([(0.901, 0.6), (0.898, 0.6)])
+    assert evidence.ranked([(0.92, 0.1)]) > evidence.ranked([(0.90, 0.9)])
+
+
+def test_differences_are_taken_seed_by_seed():
+    def record(arm, seed, reward):
+        points = [{"reward": 0.5, "match": 0.9}, {"reward": reward, "match": 0.9}]
+        return {"phase": "comparison", "arm": arm, "seed": seed, "points": points, "finite": True}
+
+    runs = [record(MAIN[0].name, seed, 0.6 + 0.1 * seed) for seed in range(3)]
+    runs += [record("other", seed, 0.65 + 0.1 * seed) for seed in range(3)]
+    row = evidence.summary(runs)[1]
+    assert row["mean reward over latent DPO"] == pytest.approx(0.05)
+    assert row["mean reward over latent DPO ±"] == pytest.approx(0.0, abs=1e-9)
+    assert row["mean reward ±"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+
+
+def test_decided_pairs_leave_ties_out_and_winners_lost_to_no_other():
+    rewards = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.55]])
+    assert _decided(rewards) == [(0, 0, 1), (1, 1, 0)]
+    generator = torch.Generator().manual_seed(0)
+    four = torch.tensor([[0.1, 0.5, 0.9, 0.3]])
+    assert len(_tournament(four, "all", generator)) == 6
+    assert {winner for _, winner, _ in _tournament(four, "winners", generator)} == {2}
+    many = four.repeat(200, 1)
+    flipped = [four[0, w] < four[0, x] for _, w, x in _tournament(many, "all, flipped", generator)]
+    assert 0.17 < sum(flipped) / len(flipped) < 0.23
+
+
+def test_every_arm_has_a_name_of_its_own_and_inherits_from_one_that_runs_before():
+    names = [arm.name for arm in ARMS]
+    assert len(set(names)) == len(names)
+    tuned = {arm.name for arm in ARMS if not arm.inherits}
+    for arm in ARMS:
+        assert not arm.inherits or arm.inherits in tuned & {main.name for main in MAIN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("testbed", ["digits", "emoji"])
+def test_an_interrupted_study_goes_on_with_what_it_has(tmp_path, testbed, monkeypatch):
+    def study(resume):
+        args = {"testbed": testbed, "work": tmp_path, "tiny": True, "out": tmp_path, "resume": resume, "only": "all"}
+        evidence.run(argparse.Namespace(device=torch.device("cpu"), **args))
+        return json.loads((tmp_path / f"evidence-{testbed}.json").read_text())
+
+    first = study(resume=False)
+    assert {run["arm"] for run in first["runs"]} >= {MAIN[0].name, MAIN[2].name}
+    assert [row["arm"] for row in first["summary"]] == list(dict.fromkeys(run["arm"] for run in first["runs"]))
+    for run in first["runs"]:
+        assert [point["step"] for point in run["points"]] == [0, 1, 2]
+        assert run["FLOPs a step"] > 1e6
+    for name in (f"evidence-{testbed}.png", f"evidence-{testbed}-samples.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    kept = tmp_path / f"evidence-{testbed}.partial.json"
+    found = json.loads(kept.read_text())
+    gone = [key for key in found if key.startswith("comparison")][-1]
+    kept.write_text(json.dumps({key: value for key, value in found.items() if key != gone}))
+    made = []
+    monkeypatch.setattr(evidence, "trained", lambda *args, **kw: made.append(args[0].name) or first["runs"][-1])
+    again = study(resume=True)
+    assert made == [gone.split(": ")[1].rsplit(", seed")[0]]
+    assert len(again["runs"]) == len(first["runs"])
+
+
+def test_measures_name_what_the_protocol_names():
+    protocol = (Path(evidence.__file__).with_name("PROTOCOL.md")).read_text()
+    for word in ("reward", "match", "distance", "diversity", "win rate"):
+        assert word in protocol.lower()
+        assert word in (*Measures._fields, "reward", "win rate")
+    for seed in (*evidence.TUNING, *evidence.FRESH):
+        assert str(seed) in protocol
+    assert isinstance(MAIN[0], Arm)
+
+
+def test_the_style_judge_learns_style_from_other_captions_than_it_is_asked_about():
+    emoji = emoji_data.stand_in(60)
+    judges = Judges()
+    learned, asked = emoji.part(range(40)), emoji.part(range(40, 60))
+    judges.style.fit(*learned.images.unbind(1))
+    right = accuracy(judges, asked.images, asked.images)
+    assert right.style > 0.9
+    judges.style.fit(learned.images[:, 1], learned.images[:, 0])
+    assert accuracy(judges, asked.images, asked.images).style == pytest.approx(1 - right.style)
+
+
+def test_colours_are_shares_and_edges_are_counted_where_they_are():
+    images = torch.ones(1, 3, 32, 32)
+    white = palette(images)
+    assert white.argmax() == 215
+    assert white.square().sum() == pytest.approx(1.0)
+    assert edges(images).count_nonzero() == 0
+    images[..., 16:] = -1
+    assert palette(images).square().topk(2).values[0].tolist() == pytest.approx([0.5, 0.5])
+    steep = edges(images)[0]
+    assert steep[: len(STEEP)].tolist() == pytest.approx([1 / 32] * len(STEEP))  # one column of pixels
+    places = steep[len(STEEP) :][:16].view(4, 4)
+    assert places.nonzero()[:, 1].unique().tolist() == [1]  # the last before the middle
