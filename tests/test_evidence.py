@@ -298,3 +298,12 @@ def test_colours_are_shares_and_edges_are_counted_where_they_are():
     assert steep[: len(STEEP)].tolist() == pytest.approx([1 / 32] * len(STEEP))  # one column of pixels
     places = steep[len(STEEP) :][:16].view(4, 4)
     assert places.nonzero()[:, 1].unique().tolist() == [1]  # the last before the middle
+
+
+def test_committed_weights_are_small_and_each_is_described_beside_its_source():
+    folder = Path(evidence.__file__).with_name("weights")
+    described, files = (folder / "README.md").read_text(), list(folder.glob("*.safetensors"))
+    assert len(files) >= 3
+    assert sum(file.stat().st_size for file in files) < 10_000_000
+    for word in (*(file.name for file in files), "Noto Emoji", "Twemoji", "CC BY 4.0", "Apache License", "MIT License"):
+        assert word in described
