@@ -187,12 +187,14 @@ class FrozenEncoder:
             self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
         return features
 
-    def check_reached(self, encode: Callable[[Tensor], Features], latents: Tensor) -> None:
-        """Once, for a loss that is evaluated without gradients: a pass with a graph, of which nothing is held."""
-        if not (self._reached or torch.compiler.is_compiling()):
-            with torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents):
-                linearized(encode, latents)
-            self._reached = True
+    def reached(self, encode: Callable[[Tensor], Features], latents: Tensor) -> Features:
+        """The features, once with a graph of which nothing is held: that is how an unreached layer is told."""
+        if self._reached or torch.compiler.is_compiling():
+            return encode(latents)
+        with torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents):
+            graph, _ = linearized(encode, latents)
+        self._reached = True
+        return {layer: f.detach() for layer, f in graph.items()}
 
     @property
     def dtype(self) -> torch.dtype:

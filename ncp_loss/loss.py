@@ -230,12 +230,13 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         estimator = choose(self.difference, dtype, base.device)
         points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
         at_point = trains and points.graph is points.latents[0]
-        features = [encode(x) for x in (points.latents[1:] if at_point else points.latents)]
-        if not trains:
-            self._encoder.check_reached(encode, base)
-        else:
+        first, *others = points.latents
+        features = [encode(x) for x in others]
+        if trains:
             graph, pull_back = linearized(encode, points.graph)
-            features = [graph, *features] if at_point else features
+            features = [graph if at_point else encode(first), *features]
+        else:
+            features = [self._encoder.reached(encode, first), *features]
         if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell
             return self._evaluate(trains=trains, given=given, timesteps=timesteps, model_kwargs=model_kwargs, **moves)
         options = self.normalize, B if self.weighting == "noise" else None, self.impl

@@ -1,7 +1,9 @@
-"""What the README shows runs as it stands, in order."""
+"""What the README shows runs as it stands, in order, and its figures are those of committed results."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -9,34 +11,74 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from models import batch, sd15
+from peft import LoraConfig
+from test_docs import share
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_every_snippet_of_the_readme_runs_as_it_stands(capsys):
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 4
-    unet = sd15(dtype=torch.float32)
-    arguments = batch(unet)
-    # The one-line change stands in the reader's own loop; the complete loop defines all that it uses.
-    loop = {"unet": unet, "noise_scheduler": DDPMScheduler(), **arguments}
-    exec("\n".join(snippets[:2]), loop)
-    assert loop["loss"].requires_grad
-    complete: dict = {}
-    exec("\n".join(snippets[2:]), complete)
-    assert complete["loss"].requires_grad
-    assert capsys.readouterr().out.count("rewards/margins") == 2
+def test_every_snippet_of_the_readme_runs_as_it_stands_in_a_loop_that_has_its_names():
+    snippets = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 3
+    unet = sd15(dtype=torch.float32).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    pair = {name: torch.cat([value, value]) for name, value in batch(unet).items() if torch.is_tensor(value)}
+    loop = {"torch": torch, "unet": unet, "noise_scheduler": DDPMScheduler(), **pair}
+    for number, snippet in enumerate(snippets):
+        exec(snippet, loop)
+        assert loop["loss"].requires_grad, number
+        if number == 0:  # the model is the reference
+            assert loop["loss"].item() == pytest.approx(math.log(2))
+            assert loop["metrics"]["rewards/margins"] == 0
+            loop["loss"].backward()
+            assert any(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
+
+
+def test_code_on_the_first_page_fits_a_phone():
+    assert (
+        max(len(line) for block in re.findall(r"^```\w+\n(.*?)^```", README, re.M | re.S) for line in block.split("\n"))
+        <= 60
+    )
+
+
+def test_the_readmes_table_shows_the_committed_figures():
+    def result(name: str) -> dict:
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+    found = {
+        (name, r["estimator"]): r
+        for name in ("lora", "margins")
+        for r in result("precision")[name]
+        if r["network"] == "sd15" and r["compute"] == "bfloat16"
+    }
+    cosines = [f"{found['lora', kind]['cosine']:.3f}" for kind in ("literal", "auto")]
+    margins = [share(found["margins", kind]["0.01"]) for kind in ("literal", "auto")]
+    memory = {r["step"]: r for r in result("memory")["steps"]}
+    steps = [memory[step] for step in ("NCP as published", "ncp_loss")]
+    times = {r["step"]: r["over latent DPO"] for r in result("throughput-sd15")["steps"]}
+    rows = {
+        "cosine with float64's": cosines,
+        "relative error": margins,
+        "memory held": [f"{r['the loss holds, MB']:.{digits}f} MB" for r, digits in zip(steps, (1, 2), strict=True)],
+        "weights beside": [
+            f"{r['weights beyond the model, MB']:.{digits}f} MB" for r, digits in zip(steps, (1, 0), strict=True)
+        ],
+        "time of a step": [f"{times[step]:.2f}" for step in ("NCP as published", "ncp_loss")],
+    }
+    for name, (published, ours) in rows.items():
+        assert any(name in line and line.endswith(f"| {published} | {ours} |") for line in README.splitlines()), name
 
 
 def test_the_readmes_commands_are_targets_of_the_makefile():
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    commands = set(re.findall(r"make (\w+)", readme)) & {"demo", "test"}
+    makefile = (ROOT / "Makefile").read_text()
+    commands = set(re.findall(r"make (\w+)", README)) & {"demo", "test"}
     assert commands == {"demo", "test"}
     assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in commands)
 
 
 def test_the_readmes_pictures_exist():
-    assert all(
-        (ROOT / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
-    )
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(r'<img src="([^"]+)"', README)
+    assert len(pictures) == 2
+    assert all((ROOT / path).is_file() for path in pictures)
