@@ -32,9 +32,7 @@ _ORDER = (
 )
 
 
-_is_exporting = getattr(
-    torch.compiler, "is_exporting", torch.compiler.is_compiling
-)  # torch < 2.7 has no other
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch < 2.7 has no other
 
 
 class LastLayerReached(Exception):  # not an error: it ends a forward pass whose work is done
