@@ -45,7 +45,7 @@ def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimat
 @constant_to_compilers  # no compiler reads these settings; it keeps what they were when it compiled
 def _uses_tf32(device: torch.device) -> bool:
     """Whether matrix products are given inputs rounded to fp16's mantissa, as cuDNN's convolutions are by default."""
-    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends)  # type: ignore[attr-defined]
+    backends = (getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul, torch.backends)
     chosen = [getattr(backend, "fp32_precision", "none") for backend in backends]
     if chosen[0] == "none":  # before the setting had a name for each operator
         return device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)

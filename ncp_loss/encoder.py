@@ -35,6 +35,9 @@ _ORDER = (
 _WHOLE = {"_chunk_size": None, "use_slicing": False, "use_tiling": False}
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch < 2.7 has no other
+
+
 class LastLayerReached(Exception):  # not an error: it ends a forward pass whose work is done
     """Raised inside the view's forward, and caught around it, when the last wanted layer has run."""
 
@@ -69,7 +72,7 @@ class _Tap:
         kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features
         # An exporter keeps a stack of the modules it is in, which an exception would leave unbalanced: run on there,
         # and let its dead-code elimination remove the rest.
-        if len(kept) == wanted and not torch.compiler.is_exporting():
+        if len(kept) == wanted and not _is_exporting():
             raise LastLayerReached
 
     def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor | None:
