@@ -231,12 +231,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
         at_point = trains and points.graph is points.latents[0]
         first, *others = points.latents
-        features = [encode(x) for x in others]
+        features = [] if at_point else [encode(first) if trains else self._encoder.reached(encode, first)]
+        features += [encode(x) for x in others]
         if trains:
             graph, pull_back = linearized(encode, points.graph)
-            features = [graph if at_point else encode(first), *features]
-        else:
-            features = [self._encoder.reached(encode, first), *features]
+            features = [graph, *features] if at_point else features
         if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell
             return self._evaluate(trains=trains, given=given, timesteps=timesteps, model_kwargs=model_kwargs, **moves)
         options = self.normalize, B if self.weighting == "noise" else None, self.impl
