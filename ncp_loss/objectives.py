@@ -139,7 +139,7 @@ def relative_beta(ref_chosen_error: Tensor, ref_rejected_error: Tensor, kappa: f
     tensor([1.0000e+00, 1.0000e+06])
     """
     check_errors(ref_chosen_error=ref_chosen_error, ref_rejected_error=ref_rejected_error)
-    check_number("kappa", kappa)
+    kappa = check_number("kappa", kappa)
     mean = (ref_chosen_error.to(_computed_in(ref_chosen_error)) + ref_rejected_error) / 2
     return kappa / mean.nan_to_num(nan=1.0).clamp(*ERROR_RANGE)
 

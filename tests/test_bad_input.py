@@ -337,6 +337,7 @@ USES = [
     Use("dpo_loss", every_loss_type, DPO),
     Use("dpo_loss, beta for each pair", every_loss_type, {**DPO, "beta": BETAS_EACH}, ["beta"]),
     Use("dpo_loss", ncp_loss.dpo_loss, {**E, **REF, "loss_type": Argument("sigmoid")}),
+    Use("relative_beta", ncp_loss.relative_beta, {**REF, "kappa": Argument(2.0, NUMBER)}),
     Use("cpo_loss", ncp_loss.cpo_loss, {**E, "beta": BETA, "sft_weight": WEIGHT, "reduction": REDUCTION}),
     Use(
         "sft_loss",
@@ -472,6 +473,12 @@ USES += [
             "loss_type": Argument("sigmoid"),
             "ref_pred": Argument(PAIR["ref_pred"], ROWS),
         },
+    ),
+    Use(
+        "ncp_dpo_loss, kappa",
+        ncp_loss.ncp_dpo_loss,
+        {**PAIRS, "ref_pred": Argument(PAIR["ref_pred"], ROWS), "kappa": Argument(2.0, NUMBER | {"None"})},
+        ["kappa"],
     ),
     Use(
         "ncp_dpo_loss, error of the reference",
