@@ -12,7 +12,6 @@ import argparse
 import copy
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks import report
-from examples.demo import BETA, Verdict, align, preference_pairs, win_rate
-from examples.digits import CLASSES, Judge, condition, load_unet, new_scheduler, sample, seeded_noise
+from benchmarks.runs import Start, prepared
+from examples.demo import BETA, align, win_rate
+from examples.digits import Judge, condition, new_scheduler
 from ncp_loss import NoiseConditionedPerceptualLoss
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     judge, rows = Judge(), list[dict[str, Any]]()
     final = defaultdict(list)
     for seed in range(args.seed, args.seed + args.seeds):
-        start = cache(partial(prepared, judge, seed, args))
+        start = cache(partial(prepared, judge, seed, args.pairs, args.held_out, steps=20))
         for arm in ARMS:
             curve, share = kept.get(f"{seed} {arm.label}", lambda arm=arm, start=start: trained(arm, start(), args))
             rows += [{"arm": arm.label, "seed": seed, **row} for row in curve]
@@ -87,30 +87,6 @@ def run(args: argparse.Namespace) -> None:
     report.print_table(
         "Held-out reward and win rate after training", summary, dict.fromkeys(summary[0], ".3f") | {"arm": ""}
     )
-
-
-class Start(NamedTuple):
-    """What all arms of a seed begin with."""
-
-    seed: int
-    base: UNet2DConditionModel
-    pairs: tuple[Tensor, Tensor, Tensor]
-    judged: Callable[[UNet2DConditionModel], Verdict]  # of the held-out requests
-    before: Verdict
-
-
-def prepared(judge: Judge, seed: int, args: argparse.Namespace) -> Start:
-    """The base model, preference pairs of its samples, and how it does on held-out requests."""
-    base, first = load_unet(), seed * 1_000_000
-    pairs = preference_pairs(base, judge, range(first, first + 2 * args.pairs))
-    held_out = torch.arange(args.held_out) % CLASSES
-    noise = seeded_noise(range(first + 500_000, first + 500_000 + args.held_out))
-
-    def judged(unet: UNet2DConditionModel) -> Verdict:
-        images = sample(unet, held_out, noise)
-        return Verdict(images, *judge(images, held_out))
-
-    return Start(seed, base, pairs, judged, judged(base))
 
 
 def trained(arm: Arm, start: Start, args: argparse.Namespace) -> tuple[list[dict[str, float]], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -13,12 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from examples import digits
 from examples.digits import new_scheduler
 
 WEIGHTS = Path(__file__).with_name("weights")
 LATENT, SIDE = 4, 8  # channels and side of a latent
 TEXT, WORDS = 64, 12  # width of the text states; words of the longest caption
 UNKNOWN, NOTHING = 0, 1  # tokens before the vocabulary's: a word never learned, and the place after the last word
+
+seeded_noise = partial(digits.seeded_noise, shape=(LATENT, SIDE, SIDE))
 
 
 def new_vae() -> AutoencoderKL:
@@ -112,12 +116,6 @@ class Coder(nn.Module):
     def images(self, latents: Tensor) -> Tensor:
         """(N, 3, 32, 32) in [-1, 1]."""
         return torch.cat([self.decode(part * self.deviation + self.mean) for part in latents.split(64)]).clamp(-1, 1)
-
-
-def seeded_noise(seeds: range) -> Tensor:
-    """(N, 4, 8, 8) standard normal noise; each sample's depends on its own seed alone."""
-    shape = LATENT, SIDE, SIDE
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()

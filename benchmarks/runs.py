@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples.demo import Verdict, preference_pairs
 from examples.digits import CLASSES, Judge, add_lora, condition, load_unet, new_scheduler, sample, seeded_noise
-from ncp_loss import NoiseConditionedPerceptualLoss, dpo_loss
+from ncp_loss import NoiseConditionedPerceptualLoss, dpo_loss, relative_beta
 
 T = 1000
 Pair = tuple[Tensor, Tensor]  # of winners and of losers, (B,) each
@@ -93,7 +93,7 @@ def number(beta: float) -> Rule:
 
 def relative(kappa: float) -> Rule:
     """A beta for each pair, by the reference's errors on it."""
-    return lambda error, ref: (error, ref, 2 * kappa / (ref[0] + ref[1]))
+    return lambda error, ref: (error, ref, relative_beta(*ref, kappa))
 
 
 def perceptual(start: Start, weighting: str | None = None, pairs: bool = True) -> Measure:

@@ -25,7 +25,14 @@ from tqdm import trange
 
 import ncp_loss
 from examples.digits import CLASSES, Judge, add_lora, condition, load_unet, new_scheduler, sample, seeded_noise
-from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, dpo_loss, frozen_view, relative_beta
+from ncp_loss import (
+    NoiseConditionedPerceptualLoss,
+    by_timestep,
+    dpo_loss,
+    frozen_view,
+    preference_metrics,
+    relative_beta,
+)
 
 # beta multiplies a margin of squared errors. One reverse step moves this small network's features very little, so a
 # perceptual margin here is about a thousand times smaller than a latent one. Each beta lets beta * margin reach order
@@ -101,8 +108,8 @@ def align(
         loss.backward()
         optimizer.step()
         seen.append((margins, timesteps.chunk(2)[0]))
-        accuracy = (0.5 * (margins.sign() + 1)).mean()
-        progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy.item():.0%}")
+        metrics = preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta)
+        progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{metrics['rewards/accuracies'].item():.0%}")
         if step == args.steps or step % math.ceil(args.steps / 4) == 0:
             evaluate(step)
             means = by_timestep(*map(torch.cat, zip(*seen, strict=True)), edges=range(0, 1001, 100))

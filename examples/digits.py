@@ -78,9 +78,9 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def seeded_noise(seeds: range) -> Tensor:
-    """(N, 1, 16, 16) standard normal noise; each image's depends on its own seed alone."""
-    return torch.stack([torch.randn(1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def seeded_noise(seeds: range, shape: tuple[int, ...] = (1, SIZE, SIZE)) -> Tensor:
+    """(N, *shape) standard normal noise; each sample's depends on its own seed alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from models import batch, sd15
 from peft import LoraConfig
-from test_docs import share
+from test_docs import result, share
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,9 +43,6 @@ def test_code_on_the_first_page_fits_a_phone():
 
 
 def test_the_readmes_table_shows_the_committed_figures():
-    def result(name: str) -> dict:
-        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
     found = {
         (name, r["estimator"]): r
         for name in ("lora", "margins")
