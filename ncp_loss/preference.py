@@ -60,8 +60,8 @@ def ncp_dpo_loss(
         rewards/margins, rewards/accuracies``, with ``rewards/* = beta * (ref_error - error)``.
 
     Raises:
-        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error``, an odd batch, pairs that differ in
-            what they must share (where their values can be read for free), or another bad argument.
+        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error``, a beta beside kappa, an odd batch,
+            pairs that differ in what they must share (where values can be read for free), or another bad argument.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
@@ -73,6 +73,8 @@ def ncp_dpo_loss(
     if (ref_pred is None) == (ref_error is None):
         raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
     _check_loss(ncp)
+    if kappa is not None and not (isinstance(beta, float) and beta == 2500.0):
+        raise bad("beta", "left out where kappa is given, which takes its place", "given")
     if ref_error is not None and generator is None and ncp.step == "uniform":
         raise bad(
             "ref_error", "None for step='uniform' without a generator, which draws other steps each time", "given"

@@ -405,6 +405,14 @@ def test_kappa_is_beta_by_the_references_errors_and_a_batch_in_parts_is_the_whol
         torch.testing.assert_close(alone, whole[rows[:2]], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("beta", [500.0, torch.tensor([500.0]), "2500"])
+def test_a_beta_beside_kappa_is_refused_since_only_one_of_them_could_count(beta):
+    unet = sd15()
+    ncp, arguments = NoiseConditionedPerceptualLoss(unet), batch(unet, 1, pairs=True, height=8, width=8)
+    with pytest.raises(ValueError, match="beta must be left out where kappa is given"):
+        ncp_dpo_loss(ncp, **arguments, beta=beta, kappa=2.0)
+
+
 @pytest.mark.parametrize("kappa", [0, -1.0, math.nan, math.inf])
 def test_a_kappa_that_is_not_positive_and_finite_is_refused_by_name(kappa):
     e = torch.ones(2)
