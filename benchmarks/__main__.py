@@ -20,6 +20,7 @@ BENCHMARKS = {
     "alignment": "digits aligned with the encoder in float32 and in bfloat16",
     "beta": "rules that set beta against a tuned one, on the digits, and the heavy tail of perceptual errors",
     "healthy": "margins, accuracies, gradients and errors of a good run and of five bad ones, on the digits",
+    "demo": "what the demo reaches on seeds that no choice of its settings saw",
     "emoji": "the emoji testbed: trains its networks, draws their samples, measures its judges",
     "evidence": "whether perceptual errors align better, where and with which settings: PROTOCOL.md",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from scipy.stats import t as student
 
 from benchmarks import report
 from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, trained
@@ -187,22 +185,13 @@ def summary(runs: list[Record]) -> list[Record]:
     for arm, found in by_arm.items():
         row: Record = {"arm": arm, "seeds": len(found)}
         for index, name in enumerate(("undamaged reward", "mean reward")):
-            row |= interval(name, [scores[index] for scores in found.values()])
+            row |= report.interval(name, [scores[index] for scores in found.values()])
             for other in (MAIN[0].name, MAIN[2].name):
                 theirs = by_arm.get(other, {})
                 shared = [found[seed][index] - theirs[seed][index] for seed in found if seed in theirs]
-                row |= interval(f"{name} over {other}", shared)
+                row |= report.interval(f"{name} over {other}", shared)
         rows.append(row)
     return rows
-
-
-def interval(name: str, values: list[float]) -> Record:
-    """Mean and half the width of its 95% t interval."""
-    if not values:
-        return {name: None, f"{name} ±": None}
-    count = len(values)
-    half = student.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
-    return {name: statistics.mean(values), f"{name} ±": half}
 
 
 def draw(path: Path, runs: list[Record], testbed: str) -> None:

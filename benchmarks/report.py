@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student
 
 import ncp_loss
 
@@ -65,6 +68,15 @@ def record(device: torch.device, seconds: float | None = None) -> dict[str, Any]
         "versions": versions | {"python": platform.python_version()},
         **({} if seconds is None else {"seconds": round(seconds)}),
     }
+
+
+def interval(name: str, values: list[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95% t interval."""
+    if not values:
+        return {name: None, f"{name} ±": None}
+    count = len(values)
+    half = student.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    return {name: statistics.mean(values), f"{name} ±": half}
 
 
 def write_csv(path: Path, rows: Sequence[Row], digits: int = 6) -> None:

@@ -34,11 +34,6 @@ from ncp_loss import (
     relative_beta,
 )
 
-# beta multiplies a margin of squared errors. One reverse step moves this small network's features very little, so a
-# perceptual margin here is about a thousand times smaller than a latent one. Each beta lets beta * margin reach order
-# one in training: far below, the sigmoid is linear and the reference has no say; far above, it saturates and learning
-# stops. `--kappa 2` needs neither number.
-BETA = {"perceptual": 5e5, "latent": 5e2}
 BLUE, ORANGE, GREY = "#2b6cb0", "#e07b39", "#8a8f98"
 
 
@@ -100,12 +95,13 @@ def align(
             error, ref_error = ((p - noise).square().mean((1, 2, 3)) for p in (prediction, ref_prediction))
         (chosen, rejected), (ref_chosen, ref_rejected) = error.chunk(2), ref_error.chunk(2)
         # `ncp_dpo_loss` takes the predictions and does all this in one call; here the margins are drawn too.
-        beta = relative_beta(ref_chosen, ref_rejected, args.kappa) if args.kappa else args.beta
+        beta = relative_beta(ref_chosen, ref_rejected, args.kappa) if args.beta is None else args.beta
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
         margins = beta * ((rejected - ref_rejected) - (chosen - ref_chosen)).detach()
 
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         seen.append((margins, timesteps.chunk(2)[0]))
         metrics = preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta)
@@ -194,17 +190,21 @@ def main() -> None:
     """Pairs, alignment, held-out comparison, pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--space", choices=list(BETA), default="perceptual", help="where errors are measured")
+    parser.add_argument(
+        "--space", choices=("perceptual", "latent"), default="perceptual", help="where errors are measured"
+    )
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--pairs", type=int, default=300, help="pairs sampled; the judge decides about half of them")
     parser.add_argument("--batch", type=int, default=16, help="pairs per step")
-    parser.add_argument("--beta", type=float, help=f"default: {BETA}")
-    parser.add_argument("--kappa", type=float, help="in place of beta: each pair's is by the reference's error on it")
+    parser.add_argument(
+        "--kappa", type=float, default=2.0, help="each pair's beta is kappa over the reference's error on it"
+    )
+    parser.add_argument("--beta", type=float, help="in place of kappa: one number for all pairs")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--held-out", type=int, default=200, help="samples to compare on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.beta = args.beta or BETA[args.space]
     args.out.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
