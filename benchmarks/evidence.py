@@ -2,31 +2,35 @@
 
 Tunes the arms that have a grid, trains every arm on fresh seeds, and writes evidence-TESTBED.json after each run, with
 all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run), evidence-TESTBED.png (the
-curves) and evidence-TESTBED-samples.png. An interrupted study goes on with `--resume`.
+curves) and evidence-TESTBED-samples.png. With `--resume` a study goes on with the runs that its JSON holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from benchmarks import report
 from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, trained
 from benchmarks.evidence_beds import BEDS, Measures, Start
 
-RATES, KAPPAS = (1e-4, 3e-4, 1e-3), (1.0, 3.0, 8.0, 25.0)
-TUNING, REPEATED = (100, 101), 3
+RATES, KAPPAS = (3e-4, 1e-3), (1.0, 3.0, 8.0)
+TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
 COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.ORANGE, report.BLUE, report.RED), strict=True))
 Record = dict[str, Any]
+Key = tuple[str, str, int, float, float]  # phase, arm, seed, learning rate, kappa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +54,10 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.name = args, f"evidence-{args.testbed}"
-        self.kept = report.Kept(args.out / f"{self.name}.partial.json", args.resume)
+        self.path = args.out / f"{self.name}.json"
+        found = json.loads(self.path.read_text()) if args.resume and self.path.is_file() else {}
+        self.runs: dict[Key, Record] = {key_of(run): run for run in found.get("runs", [])}
+        self.begun = time.perf_counter() - found.get("seconds", 0)
         self.bed: Bed = BEDS[args.testbed](args.work, args.tiny)
         self.rates, self.kappas, self.tuning, self.fresh = RATES, KAPPAS, TUNING, FRESH
         self.points = self.bed.points
@@ -62,7 +69,6 @@ class Study:
         )
         self.tuned: dict[str, tuple[float, float]] = {}
         self.flops: dict[str, int] = {}
-        self.runs: list[Record] = []
 
     def arms(self, arms: list[Arm]) -> list[Arm]:
         """Those of this testbed; of a tiny study two, and one that inherits."""
@@ -97,26 +103,29 @@ class Study:
             self.one("comparison", arm, seed, lr, kappa)
 
     def one(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
-        def make() -> Record:
-            start: Start = self.start(seed, arm.data)
-            shown = phase == "comparison" and seed == self.fresh[0] and arm in MAIN
-            keep = (lambda measures: self.show(arm.name, measures)) if shown else (lambda measures: None)
-            before = self.before(seed, arm.data)
-            if shown:
-                self.show("base model", before)
-            record = trained(arm, self.bed, start, before, seed, lr, kappa, self.points, self.flops, keep)
-            return {"phase": phase, **record}
-
-        record = self.kept.get(f"{phase}: {arm.name}, seed {seed}, lr {lr}, kappa {kappa}", make)
-        self.runs.append(record)
+        key: Key = phase, arm.name, seed, lr, kappa
+        if key not in self.runs:
+            self.runs[key] = {"phase": phase, **self.train(phase, arm, seed, lr, kappa)}
+            self.write()
+        record = self.runs[key]
         end = record["points"][-1]
         print(
             f"{phase} {arm.name}, seed {seed}, lr {lr:g}, kappa {kappa:g}: step {end['step']}, reward "
             f"{end['reward']:.3f}, match {end['match']:.3f}; undamaged {score(record)[0]:.3f}",
             flush=True,
         )
-        self.write()
         return record
+
+    def train(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
+        start: Start = self.start(seed, arm.data)
+        shown = phase == "comparison" and seed == self.fresh[0] and arm in MAIN
+        keep = (lambda measures: self.show(arm.name, measures)) if shown else (lambda measures: None)
+        before = self.before(seed, arm.data)
+        if shown:
+            self.show("base model", before)
+        points = self.points if phase == "comparison" else (*self.points[1:3], self.points[-1])
+        points = tuple(dict.fromkeys(points))
+        return trained(arm, self.bed, start, before, seed, lr, kappa, points, self.flops, keep)
 
     def show(self, name: str, measures: Measures, columns: int = 32) -> None:
         """The first samples of a run, a strip of the sheet that `finish` puts together."""
@@ -143,22 +152,29 @@ class Study:
 
     def write(self) -> None:
         settings = {name: dict(zip(("lr", "kappa"), found, strict=True)) for name, found in self.tuned.items()}
-        content = {"tuned": settings, "summary": summary(self.runs), "runs": self.runs}
-        path = self.args.out / f"{self.name}.json"
-        report.write_json(path, report.record(self.args.device, self.kept.seconds) | content)
+        runs = list(self.runs.values())
+        content = {"tuned": settings, "summary": summary(runs), "runs": runs}
+        seconds = time.perf_counter() - self.begun
+        report.write_json(self.path, report.record(self.args.device, seconds) | content)
 
     def finish(self) -> None:
+        self.write()
+        runs = list(self.runs.values())
         rows = [
             {**{key: run[key] for key in ("phase", "arm", "seed", "lr", "kappa", "finite")}, **point}
-            for run in self.runs
+            for run in runs
             for point in run["points"]
         ]
         report.write_csv(self.args.out / f"{self.name}.csv", rows)
-        draw(self.args.out / f"{self.name}.png", self.runs, self.args.testbed)
+        draw(self.args.out / f"{self.name}.png", runs, self.args.testbed)
         self.sheet(self.args.out / f"{self.name}-samples.png")
         shown = [f"{name}{end}" for name in ("undamaged reward", "mean reward") for end in ("", " ±")]
-        found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(self.runs)]
+        found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(runs)]
         report.print_table(f"On {self.args.testbed}, fresh seeds", found, dict.fromkeys(shown, ".3f"))
+
+
+def key_of(run: Record) -> Key:
+    return run["phase"], run["arm"], run["seed"], run["lr"], run["kappa"]
 
 
 def score(record: Record) -> tuple[float, float]:
@@ -177,21 +193,31 @@ def ranked(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def summary(runs: list[Record]) -> list[Record]:
     """A row for each arm: means over the fresh seeds with 95% intervals, and paired differences to the main arms."""
-    by_arm: dict[str, dict[int, tuple[float, float]]] = {}
-    for record in runs:
-        if record["phase"] == "comparison":
-            by_arm.setdefault(record["arm"], {})[record["seed"]] = score(record)
+    compared = [run for run in runs if run["phase"] == "comparison"]
+    limit = min((run["points"][-1]["step"] * run["FLOPs a step"] for run in compared), default=0)
+    by_arm: dict[str, dict[int, tuple[float, ...]]] = {}
+    for record in compared:
+        by_arm.setdefault(record["arm"], {})[record["seed"]] = *score(record), at_equal_cost(record, limit)
     rows = []
     for arm, found in by_arm.items():
         row: Record = {"arm": arm, "seeds": len(found)}
-        for index, name in enumerate(("undamaged reward", "mean reward")):
+        for index, name in enumerate(("undamaged reward", "mean reward", "reward at equal FLOPs")):
             row |= report.interval(name, [scores[index] for scores in found.values()])
-            for other in (MAIN[0].name, MAIN[2].name):
+            for other in (arm.name for arm in MAIN[:3]):
                 theirs = by_arm.get(other, {})
                 shared = [found[seed][index] - theirs[seed][index] for seed in found if seed in theirs]
                 row |= report.interval(f"{name} over {other}", shared)
         rows.append(row)
     return rows
+
+
+def at_equal_cost(record: Record, limit: float) -> float:
+    """The mean reward between no training and `limit` FLOPs, the curve taken as straight between its points."""
+    if not record["finite"] or not limit:
+        return float(record["points"][0]["reward"])
+    costs = [point["step"] * record["FLOPs a step"] for point in record["points"]]
+    places = np.linspace(0, limit, 1001)
+    return float(np.interp(places, costs, [point["reward"] for point in record["points"]]).mean())
 
 
 def draw(path: Path, runs: list[Record], testbed: str) -> None:

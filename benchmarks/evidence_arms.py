@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.evidence_beds import Digits, Emoji, Measures, Pairs, Start
 from benchmarks.timing import flops_of
 from examples.digits import add_lora, new_scheduler
-from ncp_loss import NoiseConditionedPerceptualLoss, NoiseSchedule, cpo_loss, dpo_loss, sft_loss
+from ncp_loss import NoiseConditionedPerceptualLoss, NoiseSchedule, cpo_loss, dpo_loss, relative_beta, sft_loss
 
 Bed = Digits | Emoji
 
@@ -76,6 +76,7 @@ OTHERS = [
     *(_other(layer, layer=layer, beds=("emoji",)) for layer in ("down_blocks.0", "mid_block", "up_blocks.0")),
     *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (10, 100, 250, "uniform", "clean")),
     *(arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)),
+    *_both("DPO, beta per pair", objective="relative"),
     *_both("DPO, anchor", anchor=0.5, beds=("emoji",)),
     *_both("Linear-DPO", objective="linear", decay=0.99, beds=("emoji",)),
     *_both("DPO, safeguard", objective="safeguard", beds=("emoji",)),
@@ -175,7 +176,10 @@ def encoder_of(kind: str, bed: Bed, seed: int) -> UNet2DConditionModel:
     return network.requires_grad_(False).eval()
 
 
-def loss_of(arm: Arm, beta: float, errors: Errors, batch: Batch, prediction: Tensor, ref: Tensor | None) -> Tensor:
+def loss_of(
+    arm: Arm, beta: float, kappa: float, errors: Errors, batch: Batch, prediction: Tensor, ref: Tensor | None
+) -> Tensor:
+    """`beta` is kappa over the mean error; an arm with a beta for each pair takes its own from kappa."""
     error, ref_error = errors(batch, prediction, ref)
     chosen, rejected = error.chunk(2)
     weight = arm.anchor * beta / 2
@@ -183,6 +187,8 @@ def loss_of(arm: Arm, beta: float, errors: Errors, batch: Batch, prediction: Ten
         return beta * sft_loss(chosen)  # AdamW does not notice beta, but for its epsilon and the clipping
     if arm.objective == "cpo" or ref_error is None:
         return cpo_loss(chosen, rejected, beta=beta, sft_weight=weight)
+    if arm.objective == "relative":
+        return dpo_loss(*error.chunk(2), *ref_error.chunk(2), beta=relative_beta(*ref_error.chunk(2), kappa))
     if arm.objective == "safeguard":
         rejected = safeguarded(error, prediction)
     kind = "linear" if arm.objective == "linear" else "sigmoid"
@@ -216,7 +222,7 @@ class Run:
         self.arm, self.bed, self.start = arm, bed, start
         self.errors = errors_of(arm, bed, seed)
         self.mean_error = mean_error(self.errors, bed, start.pairs, seed)
-        self.beta = kappa / self.mean_error
+        self.kappa, self.beta = kappa, kappa / self.mean_error
         torch.manual_seed(seed)  # the same adapters in every arm
         self.unet = copy.deepcopy(bed.base)
         self.parameters = add_lora(self.unet)
@@ -229,7 +235,8 @@ class Run:
         """Of one batch, clipped; False where they are not finite."""
         batch = drawn(self.start.pairs, self.bed.batch, self.generator)
         prediction = self.unet(*batch.question).sample
-        loss = loss_of(self.arm, self.beta, self.errors, batch, prediction, self.reference(batch))
+        inputs = batch, prediction, self.reference(batch)
+        loss = loss_of(self.arm, self.beta, self.kappa, self.errors, *inputs)
         self.optimizer.zero_grad()
         loss.backward()
         return bool(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite())
