@@ -1,9 +1,9 @@
 """The emoji testbed: trains its networks (`--train`), draws what they draw, and measures its judges.
 
 Training goes on from the checkpoints in `--work`, a folder that git ignores and that holds the data too. The networks'
-weights go to `--weights`, in half precision; a checkpoint that has `--unet-steps` or more is taken as it is. Without
-`--train` the committed weights are used. Writes emoji.csv (a row for each measure), emoji.json and emoji.png: samples
-beside the real drawings.
+weights go to `--weights`, in half precision. Weights that are there already, and have no checkpoint, are taken as they
+are; the U-Net's training goes on from them. Without `--train` the committed weights are used. Writes emoji.csv (a row
+for each measure), emoji.json and emoji.png: samples beside the real drawings.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from benchmarks.emoji_model import (
     Generator,
     load_coder,
     load_generator,
+    note,
     sample,
     save,
     seeded_noise,
@@ -67,10 +68,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, emoji: Parts) -> dict[str, dict[str, float]]:
-    """Autoencoder, judges, generator, in this order; the steps and the seconds that each took."""
-    fits = {"autoencoder": train_coder(args, emoji.generator.images.flatten(0, 1))}
+    """Autoencoder, judges, generator, in this order; steps and seconds of those that were trained."""
+
+    def missing(weights: str, checkpoint: str) -> bool:
+        return (args.work / checkpoint).is_file() or not (args.weights / weights).is_file()
+
+    fits = {}
+    if missing("emoji_vae.safetensors", "vae.pt"):
+        fits["autoencoder"] = train_coder(args, emoji.generator.images.flatten(0, 1))
     coder = load_coder(args.weights)  # as the committed weights have it: rounded to half precision
-    fits["caption judge"] = train_judges(args, coder, emoji.judges.images)
+    if missing("emoji_judges.safetensors", "caption.pt"):
+        fits["caption judge"] = train_judges(args, coder, emoji.judges.images)
     fits["generator"] = train_generator(args, coder, emoji.generator)
     return {name: {"steps": fit.step, "seconds": round(fit.seconds)} for name, fit in fits.items()}
 
@@ -91,6 +99,12 @@ class Fit:
             module.load_state_dict(kept["module"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.mean, self.step, self.seconds = kept["mean"], kept["step"], kept["seconds"]
+
+    def go_on(self, weights: dict[str, Tensor], step: int) -> None:
+        """Start where these weights were saved; the optimizer's state was not, and begins anew."""
+        self.module.load_state_dict(weights)
+        self.mean = {name: value.clone() for name, value in self.module.state_dict().items()}
+        self.step = step
 
     def keep(self) -> None:
         content = {key: getattr(self, key) for key in ("mean", "step", "seconds")}
@@ -174,7 +188,9 @@ def reconstructed(coder: Coder, drawings: Tensor) -> Tensor:
 def train_generator(args: argparse.Namespace, coder: Coder, emoji: Emoji) -> Fit:
     """The U-Net and its words: the noise's squared error; a tenth of the captions is left out, for guidance."""
     generator = Generator(sorted({word for caption in emoji.captions for word in caption.split()}))
-    fit = Fit(args.work / "unet.pt", generator, lr=1e-3)
+    fit, saved = Fit(args.work / "unet.pt", generator, lr=1e-3), args.weights / "emoji_unet.safetensors"
+    if saved.is_file() and int(note(saved)["steps"]) > fit.step:
+        fit.go_on(load_generator(args.weights).state_dict(), int(note(saved)["steps"]))
     latents = coder.latents(emoji.images.flatten(0, 1)).unflatten(0, emoji.images.shape[:2])
     tokens, nothing = generator.text.tokens(emoji.captions), generator.text.tokens([""])
     scheduler, count = new_scheduler(), 32
@@ -193,8 +209,9 @@ def train_generator(args: argparse.Namespace, coder: Coder, emoji: Emoji) -> Fit
         if early and fit.step > steps:
             continue
         fit.run(steps, loss_of, decay=False)
+        words = " ".join(generator.text.vocabulary)
         weights = {key: value for key, value in fit.mean.items() if not early or key.startswith(ENCODER)}
-        save(args.weights / f"{name}.safetensors", weights, {"vocabulary": " ".join(generator.text.vocabulary)})
+        save(args.weights / f"{name}.safetensors", weights, {"vocabulary": words, "steps": str(fit.step)})
     return fit
 
 

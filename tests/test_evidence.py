@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import emoji_data, evidence
-from benchmarks.emoji import Fit
+from benchmarks import emoji_data, emoji_model, evidence
+from benchmarks.emoji import Fit, train_generator
 from benchmarks.emoji_judges import STEEP, Judges, accuracy, edges, kernel_distance, palette
 from benchmarks.evidence_arms import (
     ARMS,
@@ -110,6 +110,24 @@ def test_training_goes_on_after_an_interruption_as_if_there_had_been_none(tmp_pa
     for name, value in whole.mean.items():
         assert torch.equal(parted.mean[name], value)
         assert not torch.equal(value, whole.module.state_dict()[name])
+
+
+def test_a_generator_without_a_checkpoint_goes_on_from_its_saved_weights(tmp_path):
+    emoji = emoji_data.parts(emoji_data.stand_in()).generator
+    coder = emoji_model.Coder().eval()
+
+    def trained(work, steps):
+        (tmp_path / work).mkdir()
+        args = argparse.Namespace(work=tmp_path / work, weights=tmp_path / "weights", early=1, unet_steps=steps)
+        fit = train_generator(args, coder, emoji)
+        return fit, emoji_model.load_generator(args.weights).state_dict()
+
+    _, saved = trained("here", 2)
+    fit, again = trained("elsewhere", 2)
+    assert fit.step == 2
+    for name, value in saved.items():
+        assert torch.equal(again[name], value), name
+    assert trained("later", 3)[0].step == 3
 
 
 # Of arms that differ only in what they inherit one is enough; an early encoder is not to be had for digits.
