@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
-TINY = "--steps", "2", "--pairs", "10", "--batch", "2", "--held-out", "10"
+TINY = "--steps", "2", "--pairs", "10", "--batch", "2", "--held-out", "20"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
             "base reward": found["reward"]["base"],
             "reward": found["reward"]["aligned"],
             "requested digit": found["requested digit drawn"]["aligned"],
+            "diversity": found["diversity"]["aligned"],
             "win rate": found["win rate"]["share"],
         }
         for seed, found in results.items()

@@ -9,6 +9,7 @@ noise that no training image came from shows what changed. Writes `samples.png`,
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -122,6 +123,12 @@ def win_rate(base: Verdict, aligned: Verdict) -> tuple[float, float, float]:
     return share, (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
+def diversity(verdict: Verdict) -> float:
+    """Mean distance of two samples of one digit. Rewards say nothing of samples that all look alike."""
+    images = verdict.images.flatten(1)
+    return statistics.mean(torch.pdist(images[digit::CLASSES]).mean().item() for digit in range(CLASSES))
+
+
 def draw_samples(path: Path, base: Verdict, aligned: Verdict, method: str, columns: int = 8) -> None:
     """A row per requested digit, the first held-out seeds in order, base and aligned side by side."""
     rows, columns = min(CLASSES, len(base.right)), min(columns, max(1, len(base.right) // CLASSES))
@@ -202,9 +209,11 @@ def main() -> None:
     parser.add_argument("--beta", type=float, help="in place of kappa: one number for all pairs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
-    parser.add_argument("--held-out", type=int, default=200, help="samples to compare on")
+    parser.add_argument("--held-out", type=int, default=200, help="samples to compare on, two or more a digit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.held_out < 2 * CLASSES:
+        parser.error(f"--held-out must be at least {2 * CLASSES}, two samples a digit; it was {args.held_out}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
@@ -243,6 +252,7 @@ def main() -> None:
             "base": base.right.double().mean().item(),
             "aligned": aligned.right.double().mean().item(),
         },
+        "diversity": {"base": 1.0, "aligned": diversity(aligned) / diversity(base)},
         "win rate": {"share": share, "low": low, "high": high},
         "reward by step": {step: verdict.rewards.mean().item() for step, verdict in curve.items()},
         "margins by timestep": margins,
@@ -254,7 +264,7 @@ def main() -> None:
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'':24}{'base':>8}{'aligned':>10}   on {args.held_out} held-out samples, same noise")
-    for name in ("reward", "requested digit drawn"):
+    for name in ("reward", "requested digit drawn", "diversity"):
         print(f"{name:24}{result[name]['base']:8.1%}{result[name]['aligned']:10.1%}")
     print(f"{'win rate over the base':24}{share:18.1%}   95% interval {low:.1%} to {high:.1%}; ties count one half")
     print(f"{seconds:.0f} seconds; pictures and numbers in {args.out}/")

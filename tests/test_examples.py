@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from examples.demo import Verdict, diversity
 
 ROOT = Path(__file__).parents[1]
 slow = pytest.mark.slow
-DEMO = ["examples.demo", "--steps", "2", "--pairs", "10", "--batch", "2", "--held-out", "10", "--out"]
+DEMO = ["examples.demo", "--steps", "2", "--pairs", "10", "--batch", "2", "--held-out", "20", "--out"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -34,6 +37,7 @@ def test_the_demo_prints_a_result_a_progress_bar_and_writes_pictures(demo):
     assert runs[0].returncode == 0, runs[0].stderr
     assert "win rate over the base" in runs[0].stdout
     assert "95% interval" in runs[0].stdout
+    assert "diversity" in runs[0].stdout
     assert "aligning" in runs[0].stderr  # tqdm's bar
     for name in ("samples.png", "reward.png", "margins.png"):
         assert (outs[0] / name).read_bytes().startswith(b"\x89PNG")
@@ -45,6 +49,14 @@ def test_the_demo_gives_the_same_numbers_twice(demo):
     for result in results:
         del result["seconds"], result["settings"]["out"], result["command"]
     assert results[0] == results[1]
+
+
+def test_diversity_is_the_mean_distance_of_two_samples_of_one_digit():
+    labels = torch.arange(30) % 10
+    alike = labels.float()[:, None, None, None].expand(30, 1, 4, 4)  # digits differ, samples of one digit do not
+    assert diversity(Verdict(alike, labels, labels)) == 0
+    spread = alike + (torch.arange(30) // 10).float()[:, None, None, None]  # each digit's three samples: 0, 1, 2 apart
+    assert diversity(Verdict(spread, labels, labels)) == pytest.approx((4 + 4 + 8) / 3)
 
 
 @slow
@@ -69,6 +81,12 @@ def test_the_training_script_trains_and_saves_what_the_demo_loads(tmp_path):
     assert {k: v.shape for k, v in load_file(tmp_path / "unet.safetensors").items()} == {
         k: v.shape for k, v in committed.items()
     }
+
+
+def test_too_few_held_out_samples_are_refused_by_name(tmp_path):
+    done = run("examples.demo", "--held-out", 10, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "--held-out must be at least 20, two samples a digit; it was 10" in done.stderr
 
 
 def test_the_committed_weights_are_small():
