@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
             "base reward": found["reward"]["base"],
             "reward": found["reward"]["aligned"],
             "requested digit": found["requested digit drawn"]["aligned"],
-            "diversity": found["diversity"]["aligned"],
+            "base diversity": found["diversity, of real digits"]["base"],
+            "diversity": found["diversity, of real digits"]["aligned"],
             "win rate": found["win rate"]["share"],
         }
         for seed, found in results.items()

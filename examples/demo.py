@@ -25,7 +25,17 @@ from torch import Tensor
 from tqdm import trange
 
 import ncp_loss
-from examples.digits import CLASSES, Judge, add_lora, condition, load_unet, new_scheduler, sample, seeded_noise
+from examples.digits import (
+    CLASSES,
+    Judge,
+    add_lora,
+    condition,
+    load_unet,
+    new_scheduler,
+    real_digits,
+    sample,
+    seeded_noise,
+)
 from ncp_loss import (
     NoiseConditionedPerceptualLoss,
     by_timestep,
@@ -123,10 +133,10 @@ def win_rate(base: Verdict, aligned: Verdict) -> tuple[float, float, float]:
     return share, (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def diversity(verdict: Verdict) -> float:
-    """Mean distance of two samples of one digit. Rewards say nothing of samples that all look alike."""
-    images = verdict.images.flatten(1)
-    return statistics.mean(torch.pdist(images[digit::CLASSES]).mean().item() for digit in range(CLASSES))
+def diversity(images: Tensor, labels: Tensor) -> float:
+    """Mean distance of two images of one digit. Rewards say nothing of samples that all look alike."""
+    alike = [images[labels == digit].flatten(1) for digit in range(CLASSES)]
+    return statistics.mean(torch.pdist(rows).mean().item() for rows in alike)
 
 
 def draw_samples(path: Path, base: Verdict, aligned: Verdict, method: str, columns: int = 8) -> None:
@@ -252,7 +262,10 @@ def main() -> None:
             "base": base.right.double().mean().item(),
             "aligned": aligned.right.double().mean().item(),
         },
-        "diversity": {"base": 1.0, "aligned": diversity(aligned) / diversity(base)},
+        "diversity, of real digits": {
+            name: diversity(verdict.images, held_out) / diversity(*real_digits()[1])
+            for name, verdict in (("base", base), ("aligned", aligned))
+        },
         "win rate": {"share": share, "low": low, "high": high},
         "reward by step": {step: verdict.rewards.mean().item() for step, verdict in curve.items()},
         "margins by timestep": margins,
@@ -263,10 +276,10 @@ def main() -> None:
         "seconds": seconds,
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{'':24}{'base':>8}{'aligned':>10}   on {args.held_out} held-out samples, same noise")
-    for name in ("reward", "requested digit drawn", "diversity"):
-        print(f"{name:24}{result[name]['base']:8.1%}{result[name]['aligned']:10.1%}")
-    print(f"{'win rate over the base':24}{share:18.1%}   95% interval {low:.1%} to {high:.1%}; ties count one half")
+    print(f"{'':27}{'base':>8}{'aligned':>10}   on {args.held_out} held-out samples, same noise")
+    for name in ("reward", "requested digit drawn", "diversity, of real digits"):
+        print(f"{name:27}{result[name]['base']:8.1%}{result[name]['aligned']:10.1%}")
+    print(f"{'win rate over the base':27}{share:18.1%}   95% interval {low:.1%} to {high:.1%}; ties count one half")
     print(f"{seconds:.0f} seconds; pictures and numbers in {args.out}/")
 
 
