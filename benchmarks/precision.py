@@ -1,7 +1,7 @@
 """Error, gradient and margin of every estimator in every precision, against the literal definition in float64.
 
 The weights are rounded once to what bf16 and fp16 both hold, so that every precision has the same network; latents,
-predictions and truths are fed in float32 to all. A margin is the model's error less the reference's, where the model
+predictions and truths are fed in float32 to all. A margin is the reference's error less the model's, where the model
 predicts what its reference does, moved in a random direction by 10%, 1% or 0.1% of the reference's error. Writes
 precision.csv (a line per network, layer, precision, estimator, timestep and error size), precision.json (summary,
 margins, costs, LoRA gradients, range of activations) and precision.png.

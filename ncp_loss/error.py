@@ -38,8 +38,8 @@ def feature_errors(
     ``error = sum_l w_l mean |w|^2``, ``ref_error = sum_l w_l mean |w - u|^2`` and
     ``error - ref_error = sum_l w_l mean u (2 w - u)``,
 
-    the mean over everything but the batch. The last line is the margin. It is summed as it stands, since two errors
-    that agree to several digits would leave rounding, and the larger error is the smaller one plus it.
+    the mean over everything but the batch. The last line is the sample's margin, negated. It is summed as it is,
+    since two errors that agree to several digits would leave rounding, and the larger error is the smaller one plus it.
 
     Args:
         features: at each of the stencil's points, by layer, (B, ...).

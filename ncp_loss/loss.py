@@ -151,7 +151,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
     ) -> Errors:
         """Per-sample errors of the model and, from the same points, of a reference.
 
-        ``error - ref_error`` is the margin of a sample to its own digits, however alike the two predictions are. The
+        ``ref_error - error``, a sample's margin, keeps its own digits however alike the two predictions are. The
         gradient is computed here, with the error: nothing of the encoder is held for the trainer's backward pass. The
         encoder is called once a point, each time with exactly the conditioning that is given, and must draw no random
         numbers; it runs in eval mode.

@@ -39,9 +39,19 @@ def python_blocks(page: Path) -> list[Block]:
     return [Block(textwrap.dedent(m[5]), "title=" in m[4]) for m in found]
 
 
+def included(source: str) -> str:
+    """A file, or its section between two markers."""
+    file, _, section = source.partition(":")
+    text = (ROOT / file).read_text()
+    if not section:
+        return text
+    (found,) = re.findall(rf"\[start:{section}\] -->(.*?)<!-- --8<-- \[end:{section}\]", text, re.DOTALL)
+    return found
+
+
 def prose(page: Path) -> str:
     """The page without its code, the text that it includes in place."""
-    text = re.sub(r'^--8<-- "(.+)"$', lambda m: (ROOT / m[1]).read_text(), page.read_text(), flags=re.MULTILINE)
+    text = re.sub(r'^--8<-- "(.+)"$', lambda m: included(m[1]), page.read_text(), flags=re.MULTILINE)
     return re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
 
 

@@ -58,7 +58,7 @@ def test_the_readmes_table_shows_the_committed_figures():
         "cosine with float64's": cosines,
         "relative error": margins,
         "memory held": [f"{r['the loss holds, MB']:.{digits}f} MB" for r, digits in zip(steps, (1, 2), strict=True)],
-        "weights beside": [
+        "weights added": [
             f"{r['weights beyond the model, MB']:.{digits}f} MB" for r, digits in zip(steps, (1, 0), strict=True)
         ],
         "time of a step": [f"{times[step]:.2f}" for step in ("NCP as published", "ncp_loss")],
