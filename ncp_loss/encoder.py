@@ -21,6 +21,7 @@ from .watch import Watch
 
 Layers = str | Sequence[str] | Mapping[str, float]
 Features = dict[str, Tensor]
+Encode = Callable[[Tensor], Features]
 PullBack = Callable[[Features], Tensor]
 
 # What runs one after another in the forward of a diffusers model, whatever order it was registered in. It tells which
@@ -190,12 +191,13 @@ class FrozenEncoder:
             self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
         return features
 
-    def reached(self, encode: Callable[[Tensor], Features], latents: Tensor) -> Features:
+    def reached(self, encode: Encode, latents: Tensor) -> Features:
         """The features, once with a graph of which nothing is held: that is how an unreached layer is told."""
-        if self._reached or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return encode(latents) if _is_exporting() else linearized(encode, latents)[0]
+        if self._reached or torch.is_inference_mode_enabled():
             return encode(latents)
-        with torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents):
-            graph, _ = linearized(encode, latents)
+        graph, _ = linearized(encode, latents, keep=False)
         self._reached = True
         return {layer: f.detach() for layer, f in graph.items()}
 
@@ -347,21 +349,21 @@ def _resolve(view: nn.Module, layer: str) -> str:
     return ".".join(path)
 
 
-def linearized(encode: Callable[[Tensor], Features], latents: Tensor) -> tuple[Features, PullBack]:
+def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Features, PullBack]:
     """Features at ``latents``, and the function that takes a cotangent of the features to one of the latents.
 
-    The function is called once: the encoder's activations are let go with it. Compilers trace ``torch.func.vjp``, and
-    not ``torch.autograd.grad``, with which alone activations can be recomputed (``checkpoint=True``).
+    The function is called once: the encoder's activations are let go with it, or at once where ``keep`` is False.
+    Compilers trace ``torch.func.vjp``, and not ``torch.autograd.grad``, with which alone activations can be recomputed
+    (``checkpoint=True``).
     """
     if torch.compiler.is_compiling():
-        features, vjp, *_ = torch.func.vjp(encode, latents)
+        features, vjp, *_ = torch.func.vjp(partial(_dependent, encode), latents)
         return features, lambda cotangents: cast(Tensor, vjp(cotangents)[0])
-    with torch.enable_grad():
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents)
+    with torch.enable_grad(), contextlib.nullcontext() if keep else nothing:
         leaf = latents.detach().requires_grad_()
-        graph = encode(leaf.view_as(leaf))  # torch's FLOP counter hooks what a module is given, but cannot hook a leaf
-    for layer, f in graph.items():
-        if not f.requires_grad and not torch.is_inference_mode_enabled():
-            raise bad("layer", "a module whose output depends on the latents", f"{layer!r}, whose output does not")
+        # torch's FLOP counter hooks what a module is given, but cannot hook a leaf.
+        graph = _dependent(encode, leaf.view_as(leaf))
 
     def pull_back(cotangents: Features) -> Tensor:
         # The forward pass's casts have derivatives of their own; autocast would round the cotangents once more.
@@ -370,6 +372,15 @@ def linearized(encode: Callable[[Tensor], Features], latents: Tensor) -> tuple[F
             return torch.autograd.grad(list(graph.values()), leaf, [cotangents[layer] for layer in graph])[0]
 
     return {layer: f.detach() for layer, f in graph.items()}, pull_back
+
+
+def _dependent(encode: Encode, latents: Tensor) -> Features:
+    """Features, which tell where gradients are recorded, and in a trace of it too, whether latents reach them."""
+    features = encode(latents)
+    for layer, f in features.items():
+        if not f.requires_grad:
+            raise bad("layer", "a module whose output depends on the latents", f"{layer!r}, whose output does not")
+    return features
 
 
 def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:

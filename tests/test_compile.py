@@ -178,6 +178,27 @@ def test_a_preference_loss_compiles_whole_with_its_metrics() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_layer_that_latents_do_not_reach_is_refused_by_a_compiled_loss_too(trains: bool) -> None:
+    """Fallbacks to eager code, where a graph breaks at the refusal, end with the same message."""
+    unet = small()
+    for whole, kind in ((True, torch._dynamo.exc.Unsupported), (False, ValueError)):
+        compiled = torch.compile(NCP(unet, "time_embedding"), fullgraph=whole, backend=Backend())
+        message = "layer must be a module whose output depends on the latents; it was 'time_embedding'"
+        with torch.set_grad_enabled(trains), pytest.raises(kind, match=message):
+            compiled(**of_the_model(batch(unet)))
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_without_gradients_gives_the_value_of_eager() -> None:
+    unet = small()
+    ncp, arguments = loss(unet, {}, layer=LAYER), of_the_model(batch(unet))
+    with torch.no_grad():
+        value = torch.compile(ncp, fullgraph=True, backend=Backend())(**arguments)
+        torch.testing.assert_close(value, ncp(**arguments), rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [add_lora, full])
 def test_a_compiled_model_and_a_compiled_loss_train_as_eager_ones_do(build: Build) -> None:
     def gradients(compiled: bool) -> list[Tensor]:

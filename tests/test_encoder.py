@@ -473,6 +473,15 @@ def test_a_loss_without_gradients_looks_once_at_what_latents_reach_and_holds_not
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+def test_what_inference_mode_could_not_tell_is_told_by_the_first_call_after_it():
+    unet = sd15()
+    ncp, arguments = NoiseConditionedPerceptualLoss(unet, "time_embedding"), batch(unet)
+    with torch.inference_mode():
+        assert torch.equal(ncp.errors(**arguments).error, torch.zeros(2, dtype=torch.float64))
+    with torch.no_grad(), pytest.raises(ValueError, match="depends on the latents; it was 'time_embedding'"):
+        ncp.errors(**arguments)
+
+
 def test_forward_mode_derivatives_are_refused():
     unet = sd15()
     arguments = batch(unet)
