@@ -80,11 +80,15 @@ def check_numbers(name: str, value: object) -> Tensor:
 
 
 def check_like(name: str, value: object, reference_name: str, reference: Tensor) -> Tensor:
-    """Same shape, nothing broadcast, and same device."""
-    tensor = check_floating(name, value)
-    if tensor.shape != reference.shape:
-        raise bad(name, f"shaped like {reference_name}, {_shape(reference)}", _shape(tensor))
-    return check_device(name, tensor, reference_name, reference)
+    """A floating-point tensor of the reference's shape and device."""
+    return check_shaped(name, check_floating(name, value), reference_name, reference)
+
+
+def check_shaped(name: str, value: Tensor, reference_name: str, reference: Tensor) -> Tensor:
+    """Of the reference's shape and device, whatever the dtype. Nothing is broadcast."""
+    if value.shape != reference.shape:
+        raise bad(name, f"shaped like {reference_name}, {_shape(reference)}", _shape(value))
+    return check_device(name, value, reference_name, reference)
 
 
 def check_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> Tensor:

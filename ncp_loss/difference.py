@@ -8,7 +8,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from .schedule import constant_to_compilers, per_sample
+from .tensors import constant_to_compilers, per_sample
 
 DIFFERENCES = ("literal", "scaled", "central", "auto")
 

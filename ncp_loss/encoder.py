@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import bad, check_floating, check_number, check_numbers, check_rows
-from .schedule import constant_to_compilers
+from .tensors import Features, constant_to_compilers
 from .view import own_trainable, twin_of
 from .watch import Watch
 
 Layers = str | Sequence[str] | Mapping[str, float]
-Features = dict[str, Tensor]
 Encode = Callable[[Tensor], Features]
 PullBack = Callable[[Features], Tensor]
 
@@ -395,33 +394,6 @@ def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
         must_be = f"a module whose output has the batch first, {batch} rows or a multiple"
         raise bad("layer", must_be, f"{layer!r}, whose output is shaped {tuple(features.shape)}")
     return features.reshape(batch, rows // batch, *features.shape[1:])
-
-
-def chunks_of(batch: int, size: int, groups: int) -> Iterator[Callable[[Any], Any]]:
-    """Functions that take a few samples from a tensor or a mapping of them, until all are taken.
-
-    With two groups, winners and losers, they take whole pairs, and at least one.
-    """
-    per_group = max(size // groups, 1)
-    for first in range(0, batch // groups, per_group):
-        yield partial(_rows_of, rows=slice(first, first + per_group), groups=groups, batch=batch)
-
-
-def joined(parts: Sequence[Any], groups: int) -> Any:
-    """What was taken in chunks, whole again; None where there is nothing."""
-    return None if parts[0] is None else torch.cat([x.unflatten(0, (groups, -1)) for x in parts], 1).flatten(0, 1)
-
-
-def _rows_of(value: Any, rows: slice, groups: int, batch: int, name: str = "") -> Any:
-    """Some samples; what has no batch first cannot be split without a guess, and is refused."""
-    if isinstance(value, Mapping):
-        return {k: _rows_of(v, rows, groups, batch, f"{name}[{k!r}]" if name else k) for k, v in value.items()}
-    if isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch:
-        return value.unflatten(0, (groups, -1))[:, rows].flatten(0, 1)
-    if value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and value.ndim == 0):
-        return value
-    was = f"shaped {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise bad(name, f"a tensor with the batch first, {batch} rows, where chunk_size is set", was)
 
 
 def _prepared(value: Any, dtype: torch.dtype | None, given: torch.dtype, name: str) -> Any:

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .difference import Stencil
-from .schedule import per_sample
-
-Features = dict[str, Tensor]
+from .tensors import Features, at_least_float32, per_sample
 
 
 class Errors(NamedTuple):
@@ -132,8 +130,8 @@ def _cotangent(features: list[Tensor], coefficients: Tensor, impl: str) -> Tenso
 
 
 def _combined(features: list[Tensor], coefficients: Tensor) -> Tensor:
-    wide = torch.promote_types(features[0].dtype, torch.float32)
-    terms = [per_sample(c, f) * f.to(wide) for c, f in zip(coefficients, features, strict=True)]
+    dtype = at_least_float32(features[0])
+    terms = [per_sample(c, f) * f.to(dtype) for c, f in zip(coefficients, features, strict=True)]
     return cast(Tensor, sum(terms))
 
 

@@ -22,10 +22,11 @@ from .checks import (
     expand_timesteps,
 )
 from .difference import DIFFERENCES, choose, stencil
-from .encoder import FrozenEncoder, Layers, chunks_of, joined, linearized
+from .encoder import FrozenEncoder, Layers, linearized
 from .error import Errors, attach, check_reverse_mode, feature_errors
 from .objectives import REDUCTIONS, reduce_batch
-from .schedule import NoiseSchedule, Step, check_noisy, check_step, per_sample
+from .schedule import NoiseSchedule, Step, check_noisy, check_step
+from .tensors import at_least_float32, chunks_of, joined, per_sample
 
 
 class NoiseConditionedPerceptualLoss(nn.Module):
@@ -190,7 +191,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
 
         # From here to the encoder's door in float32 at least, whatever the model's dtype.
-        dtype = torch.promote_types(torch.promote_types(noisy_latents.dtype, model_pred.dtype), torch.float32)
+        dtype = at_least_float32(noisy_latents, model_pred)
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
         check_noisy(self.schedule, noisy_latents, timesteps)

@@ -19,10 +19,12 @@ from .checks import (
     check_floating,
     check_like,
     check_number,
+    check_shaped,
     check_tensor,
     check_timesteps,
     values_are_free,
 )
+from .tensors import at_least_float32
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "linear", "dmpo")
 REDUCTIONS = ("mean", "sum", "none")
@@ -140,7 +142,7 @@ def relative_beta(ref_chosen_error: Tensor, ref_rejected_error: Tensor, kappa: f
     """
     check_errors(ref_chosen_error=ref_chosen_error, ref_rejected_error=ref_rejected_error)
     kappa = check_number("kappa", kappa)
-    mean = (ref_chosen_error.to(_computed_in(ref_chosen_error)) + ref_rejected_error) / 2
+    mean = (ref_chosen_error.to(at_least_float32(ref_chosen_error)) + ref_rejected_error) / 2
     return kappa / mean.nan_to_num(nan=1.0).clamp(*ERROR_RANGE)
 
 
@@ -247,7 +249,7 @@ def mapo_loss(
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error)
     beta = _check_beta(beta, chosen_error)
     scale, T = check_number("scale", scale), check_number("steps", steps)
-    chosen, rejected = (e.to(_computed_in(e)) for e in (chosen_error, rejected_error))
+    chosen, rejected = (e.to(at_least_float32(e)) for e in (chosen_error, rejected_error))
     logits = T * (_odds(scale * chosen) - _odds(scale * rejected))
     return reduce_batch(chosen - beta * logsigmoid(logits), reduction)
 
@@ -298,11 +300,11 @@ def kto_loss(
     check_errors(error=error, ref_error=ref_error)
     if check_tensor("desirable", desirable).dtype != torch.bool:
         raise bad("desirable", "a bool tensor", desirable.dtype, TypeError)
-    _check_shaped("desirable", desirable, "error", error)
+    check_shaped("desirable", desirable, "error", error)
     beta = _check_beta(beta, error)
     desirable_weight = _check_weight("desirable_weight", desirable_weight)
     undesirable_weight = _check_weight("undesirable_weight", undesirable_weight)
-    gain = ref_error.to(_computed_in(ref_error)) - error
+    gain = ref_error.to(at_least_float32(ref_error)) - error
     kl = gain.mean() if kl is None else _check_kl(kl, gain)
     advantage = beta * (gain - kl.detach().clamp(min=0))
     liked, disliked = desirable_weight * (-advantage).sigmoid(), undesirable_weight * advantage.sigmoid()
@@ -343,7 +345,7 @@ def preference_metrics(
     check_errors(chosen_error=chosen_error, rejected_error=rejected_error, **refs)
     if check_device("loss", check_floating("loss", loss), "chosen_error", chosen_error).numel() == 0:
         raise bad("loss", "of one value or more", f"shaped {tuple(loss.shape)}")
-    beta, dtype = _check_beta(beta, chosen_error), _computed_in(chosen_error)
+    beta, dtype = _check_beta(beta, chosen_error), at_least_float32(chosen_error)
     chosen, rejected = chosen_error.to(dtype), rejected_error.to(dtype)
     ref_chosen, ref_rejected = ref or (0.0, 0.0)
     # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.
@@ -385,7 +387,7 @@ def by_timestep(
     if check_floating("values", values).ndim != 1:
         raise bad("values", "one for each sample or pair, shape (B,)", f"shaped {tuple(values.shape)}")
     timesteps = check_timesteps(check_tensor("timesteps", timesteps), math.inf, whole=False, low=-math.inf)
-    _check_shaped("timesteps", timesteps, "values", values)
+    check_shaped("timesteps", timesteps, "values", values)
     must_be = "two numbers or more, in rising order"
     if not isinstance(edges, Sequence):
         raise bad("edges", must_be, type(edges).__name__, TypeError)
@@ -396,7 +398,7 @@ def by_timestep(
     for low, high in pairwise(rising):
         below = timesteps <= high if high == rising[-1] else timesteps < high
         inside = (timesteps >= low) & below
-        found[f"{low:.12g}-{high:.12g}"] = values.where(inside, 0.0).sum(dtype=_computed_in(values)) / inside.sum()
+        found[f"{low:.12g}-{high:.12g}"] = values.where(inside, 0.0).sum(dtype=at_least_float32(values)) / inside.sum()
     return found
 
 
@@ -404,12 +406,8 @@ def _margin(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | float = 0.0, ref_rejected: Tensor | float = 0.0
 ) -> Tensor:
     """How much better than the reference the model is on winners than on losers, in units of error."""
-    dtype = _computed_in(chosen)
+    dtype = at_least_float32(chosen)
     return (rejected.to(dtype) - ref_rejected) - (chosen.to(dtype) - ref_chosen)
-
-
-def _computed_in(errors: Tensor) -> torch.dtype:
-    return torch.promote_types(errors.dtype, torch.float32)
 
 
 def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
@@ -420,7 +418,7 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
     check_like("beta", beta, "the errors", errors)
     if values_are_free(beta) and not (beta.isfinite() & (beta > 0)).all():
         raise bad("beta", must_be, beta.tolist())
-    return beta.to(_computed_in(errors))
+    return beta.to(at_least_float32(errors))
 
 
 def _check_kl(kl: object, gain: Tensor) -> Tensor:
@@ -433,11 +431,3 @@ def _check_kl(kl: object, gain: Tensor) -> Tensor:
 
 def _check_weight(name: str, value: object) -> float:
     return check_number(name, value, "a number, not negative", lambda x: x >= 0)
-
-
-def _check_shaped(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
-    """As ``check_like``, of whatever dtype."""
-    if value.shape != reference.shape:
-        must_be = f"shaped like {reference_name}, shaped {tuple(reference.shape)}"
-        raise bad(name, must_be, f"shaped {tuple(value.shape)}")
-    check_device(name, value, reference_name, reference)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,26 +20,15 @@ from .checks import (
     check_timesteps,
     values_are_free,
 )
+from .tensors import constant_to_compilers, per_sample
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_PREDICTION_TYPES = ("flow", "sample")
 Step = int | Literal["uniform", "clean"]
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def constant_to_compilers(function: F) -> F:
-    """``torch.compiler.assume_constant_result``, which would import the compiler with the library."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def check_step(step: object) -> None:
     check_count("step", step, "a positive int, 'uniform' or 'clean'", "uniform", "clean")
-
-
-def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), so that one number per sample multiplies a batch shaped like ``like``."""
-    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
 
 
 class ReverseStep(NamedTuple):

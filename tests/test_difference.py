@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ncp_loss.difference import Estimator, choose, stencil
 from ncp_loss.error import attach, feature_errors
-from ncp_loss.schedule import per_sample
+from ncp_loss.tensors import per_sample
 
 KINDS = ["literal", "scaled", "central"]
 # Lengths of the model's displacement and of the reference's, and whether these point the same way.

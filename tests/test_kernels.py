@@ -21,7 +21,7 @@ from ncp_loss import error as room
 from ncp_loss import fused
 from ncp_loss.difference import Stencil
 from ncp_loss.error import Errors
-from ncp_loss.schedule import per_sample
+from ncp_loss.tensors import per_sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
