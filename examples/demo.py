@@ -217,10 +217,10 @@ def main() -> None:
         "--kappa", type=float, default=2.0, help="each pair's beta is kappa over the reference's error on it"
     )
     parser.add_argument("--beta", type=float, help="in place of kappa: one number for all pairs")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--held-out", type=int, default=200, help="samples to compare on, two or more a digit")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=200)
     args = parser.parse_args()
     if args.held_out < 2 * CLASSES:
         parser.error(f"--held-out must be at least {2 * CLASSES}, two samples a digit; it was {args.held_out}")

@@ -33,7 +33,7 @@ def main() -> None:
     requests = requests[decided]
 
     # 2. Adapters, a reference and the loss; neither of the last two holds a weight of its own.
-    optimizer = torch.optim.AdamW(add_lora(unet), lr=1e-3)
+    optimizer = torch.optim.AdamW(add_lora(unet), lr=3e-4)
     reference = frozen_view(unet)
     ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=scheduler)
 
