@@ -130,4 +130,9 @@ def test_home_shows_the_committed_figures_of_the_demo():
     drawn, win = result["requested digit drawn"], result["win rate"]
     for value in (drawn["base"], drawn["aligned"], win["share"], win["low"], win["high"]):
         assert f"{value:.1%}" in home, value
-    assert f"{result['settings']['beta']:,.0f}" in (DOCS / "choosing.md").read_text()
+
+
+def test_choosing_shows_the_committed_scales_of_errors():
+    means = json.loads((ROOT / "benchmarks" / "results" / "beta.json").read_text())["means"]
+    latent, perceptual = (row["mean"] for row in means)
+    assert f"{round(latent / perceptual, -3):,.0f} times as large" in (DOCS / "choosing.md").read_text()
