@@ -7,75 +7,37 @@ noise and models that predict velocity both work: the pipeline's scheduler says 
 """
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import get_peft_model_state_dict
-from training import (
-    add_lora,
-    beta_of,
-    draw,
-    load_pipeline,
-    measure,
-    metrics_of,
-    new_accelerator,
-    new_ncp,
-    new_parser,
-    parse,
-    reference_predictions,
-    target_of,
-    train,
-)
+from diffusers import StableDiffusionPipeline
+from training import main, metrics_of, noised
 
-from ncp_loss import dpo_loss, frozen_view
+from ncp_loss import dpo_loss
 
 
-def main() -> None:
-    """Load, add adapters, train, save."""
-    defaults = {"resolution": 512, "learning_rate": 1e-4, "layer": "down_blocks"}
-    parser = new_parser(__doc__, output_dir="ncp-dpo-lora-sd", **defaults)
-    args, pairs = parse(parser, "unet", "text_encoder")
-    accelerator = new_accelerator(args)
+@torch.no_grad()
+def question(run, batch):
+    """What model and reference are asked, and the right answer; winners first, then losers."""
+    inputs, target, variance_noise = noised(run, batch)
+    prompt_embeds, _ = run.pipeline.encode_prompt(batch["captions"], run.accelerator.device, 1, False)
+    return inputs, {"encoder_hidden_states": prompt_embeds.repeat(2, 1, 1)}, target, variance_noise
 
-    pipeline = load_pipeline(StableDiffusionPipeline, args, accelerator, safety_checker=None)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    unet = pipeline.unet
-    add_lora(unet, args, accelerator)
-    ncp = new_ncp(unet, args, schedule=noise_scheduler)
-    reference = frozen_view(unet)  # the base model: the same weights, without the adapters
 
-    @torch.no_grad()
-    def question(batch):
-        """What model and reference are asked, and the right answer; winners first, then losers."""
-        latents, noise, variance_noise, u = draw(pipeline.vae, batch, args.vae_encode_batch_size)
-        timesteps = (u * noise_scheduler.config.num_train_timesteps).long()
-        noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-        target = target_of(noise_scheduler, latents, noise, timesteps)
-        prompt_embeds, _ = pipeline.encode_prompt(batch["captions"], accelerator.device, 1, False)
-        inputs = noisy_latents, timesteps, prompt_embeds.repeat(2, 1, 1)
-        return inputs, target, {"variance_noise": variance_noise, "pairs": True}
-
-    def compute_loss(unet, batch):
-        inputs, target, options = question(batch)
-        model_pred = unet(*inputs).sample
+def loss_step(run, unet, batch):
+    """NCP-DPO on a batch of pairs: the loss, and what to log."""
+    inputs, condition, target, variance_noise = question(run, batch)
+    model_pred = unet(*inputs, **condition).sample
+    ref_pred = batch.get("ref_preds")
+    if ref_pred is None:  # the reference was not asked before training
         with torch.no_grad():
-            ref_pred = batch["ref_preds"] if "ref_preds" in batch else reference(*inputs).sample
-        error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
-        ref = ref_error.chunk(2)
-        beta = beta_of(args, ref)
-        loss = dpo_loss(*error.chunk(2), *ref, beta=beta)
-        return loss, metrics_of(loss, error, ref, beta, inputs[1])
-
-    def reference_prediction(batch):
-        inputs, *_ = question(batch)
-        return reference(*inputs).sample
-
-    def save(unet):
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        StableDiffusionPipeline.save_lora_weights(args.output_dir, unet_lora_layers=layers)
-
-    ref_preds = reference_predictions(args, accelerator, pairs, reference_prediction)
-    train(args, accelerator, unet, pairs, compute_loss, save, ref_preds=ref_preds)
+            ref_pred = run.reference(*inputs, **condition).sample
+    options = condition | {"variance_noise": variance_noise, "pairs": True}
+    error, ref_error = run.errors(model_pred, target, *inputs, ref_pred=ref_pred, **options)
+    chosen, rejected = error.chunk(2)
+    ref = ref_error.chunk(2)
+    beta = run.beta(ref)
+    loss = dpo_loss(chosen, rejected, *ref, beta=beta)
+    return loss, metrics_of(loss, error, ref, beta, inputs[1])
 
 
 if __name__ == "__main__":
-    main()
+    defaults = {"resolution": 512, "learning_rate": 1e-4, "layer": "down_blocks"}
+    main(__doc__, StableDiffusionPipeline, loss_step, question, output_dir="ncp-dpo-lora-sd", **defaults)

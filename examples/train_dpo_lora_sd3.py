@@ -8,96 +8,64 @@ square: a transformer's activations are large, and grow with depth.
 """
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from peft import get_peft_model_state_dict
-from training import (
-    add_lora,
-    beta_of,
-    draw,
-    load_pipeline,
-    measure,
-    metrics_of,
-    new_accelerator,
-    new_ncp,
-    new_parser,
-    parse,
-    reference_predictions,
-    train,
-)
+from diffusers import StableDiffusion3Pipeline
+from training import draw, main, metrics_of
 
-from ncp_loss import dpo_loss, frozen_view
+from ncp_loss import dpo_loss
 
 
-def main() -> None:
-    """Load, add adapters, train, save."""
-    # One step of a thousand moves latents by a thousandth, and errors by its square; "noise" takes that factor out.
-    defaults = {"resolution": 1024, "learning_rate": 1e-4, "weighting": "noise"}
-    parser = new_parser(__doc__, output_dir="ncp-dpo-lora-sd3", **defaults)
-    parser.add_argument("--max_sequence_length", type=int, default=256, help="tokens that the third text encoder reads")
-    parser.add_argument("--weighting_scheme", default="logit_normal", choices=["logit_normal", "none"],
+def add_arguments(parser):
+    """Those that the other scripts do not have."""
+    add = parser.add_argument
+    add("--max_sequence_length", type=int, default=256, help="tokens that the third text encoder reads")
+    add("--weighting_scheme", default="logit_normal", choices=["logit_normal", "none"],
         help="the density of timesteps: most in the middle, or uniform")  # fmt: skip
-    parser.add_argument("--logit_mean", type=float, default=0.0, help="of the logit-normal density")
-    parser.add_argument("--logit_std", type=float, default=1.0, help="of the logit-normal density")
-    parser.add_argument("--no_text_encoder_3", action="store_true", help="leave the third, largest text encoder out")
-    args, pairs = parse(parser, "transformer", "text_encoder", "text_encoder_2", multiple=16)
-    accelerator = new_accelerator(args)
+    add("--logit_mean", type=float, default=0.0, help="of the logit-normal density")
+    add("--logit_std", type=float, default=1.0, help="of the logit-normal density")
+    add("--no_text_encoder_3", action="store_true", help="leave the third, largest text encoder out")
 
-    parts = {"text_encoder_3": None, "tokenizer_3": None} if args.no_text_encoder_3 else {}
-    pipeline = load_pipeline(StableDiffusion3Pipeline, args, accelerator, **parts)
-    noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    transformer = pipeline.transformer
-    args.layer = args.layer or f"transformer_blocks.{transformer.config.num_layers // 2 - 1}"
-    add_lora(transformer, args, accelerator, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    ncp = new_ncp(transformer, args, schedule=noise_scheduler, normalize=True)
-    reference = frozen_view(transformer)  # the base model: the same weights, without the adapters
 
-    @torch.no_grad()
-    def question(batch):
-        """What model and reference are asked, and the right answer; winners first, then losers."""
-        latents, noise, variance_noise, u = draw(pipeline.vae, batch, args.vae_encode_batch_size)
-        if args.weighting_scheme == "logit_normal":
-            u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(u))
-        steps = noise_scheduler.config.num_train_timesteps
-        indices = (u * steps).long().clamp(max=steps - 1).cpu()
-        timesteps = noise_scheduler.timesteps[indices].to(latents.device)  # sigma x 1000, as the transformer wants it
-        sigmas = noise_scheduler.sigmas[indices].to(latents.device)[:, None, None, None]
-        noisy_latents = (1 - sigmas) * latents + sigmas * noise
-        prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-            batch["captions"], None, None, device=accelerator.device, do_classifier_free_guidance=False,
-            max_sequence_length=args.max_sequence_length,
-        )  # fmt: skip
-        condition = {
-            "encoder_hidden_states": prompt_embeds.repeat(2, 1, 1),
-            "pooled_projections": pooled_prompt_embeds.repeat(2, 1),
-        }
-        options = condition | {"variance_noise": variance_noise, "pairs": True}
-        return (noisy_latents, timesteps), condition, noise - latents, options
+@torch.no_grad()
+def question(run, batch):
+    """What model and reference are asked, and the right answer; winners first, then losers."""
+    args, scheduler = run.args, run.noise_scheduler
+    latents, noise, variance_noise, u = draw(run, batch)
+    if args.weighting_scheme == "logit_normal":
+        u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(u))
+    steps = scheduler.config.num_train_timesteps
+    indices = (u * steps).long().clamp(max=steps - 1).cpu()
+    timesteps = scheduler.timesteps[indices].to(latents.device)  # sigma x 1000, as the transformer wants it
+    sigmas = scheduler.sigmas[indices].to(latents.device)[:, None, None, None]
+    noisy_latents = (1 - sigmas) * latents + sigmas * noise
+    prompt_embeds, _, pooled_prompt_embeds, _ = run.pipeline.encode_prompt(
+        batch["captions"], None, None, device=run.accelerator.device, do_classifier_free_guidance=False,
+        max_sequence_length=args.max_sequence_length,
+    )  # fmt: skip
+    condition = {
+        "encoder_hidden_states": prompt_embeds.repeat(2, 1, 1),
+        "pooled_projections": pooled_prompt_embeds.repeat(2, 1),
+    }
+    return (noisy_latents, timesteps), condition, noise - latents, variance_noise
 
-    def predict(model, noisy_latents, timesteps, condition):
-        return model(noisy_latents, timestep=timesteps, **condition).sample
 
-    def compute_loss(transformer, batch):
-        inputs, condition, target, options = question(batch)
-        model_pred = predict(transformer, *inputs, condition)
+def loss_step(run, transformer, batch):
+    """NCP-DPO on a batch of pairs: the loss, and what to log."""
+    (noisy_latents, timesteps), condition, target, variance_noise = question(run, batch)
+    model_pred = transformer(noisy_latents, timestep=timesteps, **condition).sample
+    ref_pred = batch.get("ref_preds")
+    if ref_pred is None:  # the reference was not asked before training
         with torch.no_grad():
-            ref_pred = batch["ref_preds"] if "ref_preds" in batch else predict(reference, *inputs, condition)
-        error, ref_error = measure(args.loss_space, ncp, model_pred, target, *inputs, ref_pred=ref_pred, **options)
-        ref = ref_error.chunk(2)
-        beta = beta_of(args, ref)
-        loss = dpo_loss(*error.chunk(2), *ref, beta=beta)
-        return loss, metrics_of(loss, error, ref, beta, inputs[1])
-
-    def reference_prediction(batch):
-        inputs, condition, *_ = question(batch)
-        return predict(reference, *inputs, condition)
-
-    def save(transformer):
-        layers = get_peft_model_state_dict(transformer)
-        StableDiffusion3Pipeline.save_lora_weights(args.output_dir, transformer_lora_layers=layers)
-
-    ref_preds = reference_predictions(args, accelerator, pairs, reference_prediction)
-    train(args, accelerator, transformer, pairs, compute_loss, save, ref_preds=ref_preds)
+            ref_pred = run.reference(noisy_latents, timestep=timesteps, **condition).sample
+    options = condition | {"variance_noise": variance_noise, "pairs": True}
+    error, ref_error = run.errors(model_pred, target, noisy_latents, timesteps, ref_pred=ref_pred, **options)
+    chosen, rejected = error.chunk(2)
+    ref = ref_error.chunk(2)
+    beta = run.beta(ref)
+    loss = dpo_loss(chosen, rejected, *ref, beta=beta)
+    return loss, metrics_of(loss, error, ref, beta, timesteps)
 
 
 if __name__ == "__main__":
-    main()
+    # One step of a thousand moves latents by a thousandth, and errors by its square; "noise" takes that factor out.
+    defaults = {"resolution": 1024, "learning_rate": 1e-4, "weighting": "noise", "output_dir": "ncp-dpo-lora-sd3"}
+    main(__doc__, StableDiffusion3Pipeline, loss_step, question, add_arguments=add_arguments, **defaults)

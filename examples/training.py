@@ -1,4 +1,4 @@
-"""training: what the scripts beside it share: arguments, what is drawn for a batch, checkpoints and the loop.
+"""training: what the scripts share: all but a batch's question and its loss.
 
 All that is random in a batch is a function of `--seed`: the order of the data of the seed and the epoch; an image's
 crop and flip, and the noises and timestep it is trained with, of the seed, the epoch and the row. They depend neither
@@ -7,8 +7,8 @@ reference model that is asked before training (`--precompute_reference`) is aske
 """
 
 import argparse
+import inspect
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,155 +16,110 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-import training_data
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, is_tensorboard_available, set_seed
-from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import cast_training_params
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training_data import Data, Parser, Stream, collate, digest, load_data
+from training_arguments import PARTS, Parser, checkpoints, new_parser, parse, step_of
+from training_data import Data, Stream, collate, digest, load_data
 
-from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, preference_metrics, relative_beta
+from ncp_loss import NoiseConditionedPerceptualLoss, by_timestep, frozen_view, preference_metrics, relative_beta
 
-PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # what tells one family of pipelines from another
 BY_TIMESTEP = "/t"  # in the name of a metric of which a batch may hold nothing
-Step = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+# The projections of attention, and in a transformer with two streams those of the text's.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
-def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: Any) -> Parser:
-    """The arguments of every script, named as diffusers' own scripts name them.
+class Run(NamedTuple):
+    """What a script's functions are given."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipeline: DiffusionPipeline
+    noise_scheduler: Any
+    reference: nn.Module | None  # the base model, where the data are pairs
+    ncp: NoiseConditionedPerceptualLoss | None  # unless --loss_space is latent
+
+    def errors(
+        self, model_pred: Tensor, target: Tensor, *inputs: Tensor, ref_pred: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `ncp.errors`, of each sample, the model's and the reference's; on what --loss_space says."""
+        error = ref_error = 0.0
+        if self.ncp:
+            error, ref_error = self.ncp.errors(model_pred, target, *inputs, ref_pred=ref_pred, **options)
+        if self.args.loss_space != "perceptual":
+            error = error + latent_error(model_pred, target)
+            ref_error = None if ref_pred is None else ref_error + latent_error(ref_pred, target)
+        return error, ref_error
+
+    def beta(self, ref: tuple[Tensor, Tensor]) -> float | Tensor:
+        """beta, or with --kappa one for each pair, by the reference's errors on winners and losers."""
+        return self.args.beta_dpo if self.args.kappa is None else relative_beta(*ref, self.args.kappa)
+
+
+def latent_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+LossStep = Callable[[Run, nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+Ask = Callable[[Run, dict[str, Any]], tuple[tuple[Tensor, Tensor], dict[str, Any], Tensor, Tensor]]
+
+
+def main(
+    doc: str, kind: type, loss_step: LossStep, question: Ask | None = None, *, lora: bool = True,
+    add_arguments: Callable[[Parser], None] | None = None, **defaults: Any,
+) -> None:  # fmt: skip
+    """A whole run: arguments, data, models, training, weights saved.
 
     Args:
         doc: the script's docstring.
-        pairs: whether it learns from preference pairs.
-        lora: whether it trains adapters.
-        **defaults: of `output_dir`, `resolution`, `learning_rate` and `layer`, and of others that are to differ.
+        kind: its pipelines' class, which tells a U-Net from a transformer that matches a flow.
+        loss_step: (run, the model in training, a batch) -> the loss, and what to log.
+        question: (run, a batch) -> what model and reference are asked, ``(noisy latents, timesteps)`` and the rest by
+            name; the right answer; and z of the reverse step that the perceptual error takes. Without it the data are
+            winners alone, and there is no reference.
+        lora: whether it trains adapters, or all weights.
+        add_arguments: adds the script's own.
+        **defaults: of arguments.
     """
-    data = training_data.__doc__.partition("\n\n")[2]
-    parser = Parser(description=doc, epilog=data, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="a pipeline's folder or hub id")
-    add("--pretrained_vae_model_name_or_path", metavar="VAE", help="another VAE than the pipeline's")
-    add("--revision", help="of the pipeline on the hub")
-    add("--variant", help="of the weight files, such as fp16")
-    add("--dataset_name", help="a table on the hub, or a folder that save_to_disk wrote")
-    add("--dataset_config_name", help="the table's configuration, where it has several")
-    add("--dataset_split_name", default="train", help="the split to train on")
-    add("--train_data_dir", help="a folder of images with metadata.jsonl, instead of a table")
-    add("--caption_column", default="caption", help="the column, or the key in metadata.jsonl, that holds captions")
-    add("--max_train_samples", type=int, help="use no more than the first so many rows")
-    add("--absolute_winners", action="store_true",
-        help="of each prompt, only images that neither lost nor drew, each with the one it beat last")  # fmt: skip
-    add("--cache_dir", help="where downloads are kept")
-    add("--output_dir", help="where weights and checkpoints go")
-    add("--logging_dir", default="logs", help="where logs go, inside --output_dir")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="a tracker")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--resolution", type=int, help="images are scaled and cropped to this square")
-    add("--random_crop", action="store_true", help="crop at random, not at the centre")
-    add("--no_hflip", action="store_true", help="do not mirror half of the samples")
-    add("--train_batch_size", type=int, default=4, help=f"{'pairs' if pairs else 'images'} per process")
-    add("--vae_encode_batch_size", type=int, default=8, help="images that the VAE encodes at once")
-    add("--num_train_epochs", type=int, default=1, help="passes over the data, unless --max_train_steps is given")
-    add("--max_train_steps", type=int, help="optimizer steps")
-    add("--gradient_accumulation_steps", type=int, default=1, help="batches per optimizer step")
-    add("--gradient_checkpointing", action="store_true", help="less memory, slower backward")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as accelerate is configured")
-    add("--learning_rate", type=float, help=f"default: {defaults['learning_rate']:g}")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType])
-    add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=1e-2)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that load data; 0: none but this one")
-    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
-    add("--checkpoints_total_limit", type=int, help="keep no more than the newest so many")
-    add("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest"')
-    add("--loss_space", default="perceptual", choices=["latent", "perceptual", "both"],
-        help="what errors are measured on: predictions, the frozen encoder's features, or both, added")  # fmt: skip
-    add("--layer", help="where in the denoiser features are taken; a module's path")
-    add("--weighting", choices=["none", "noise"],
-        help="of perceptual errors: the paper's, or the scale of latent ones (default for both)")  # fmt: skip
+    pairs = question is not None
+    parts = [part for part in PARTS if part in inspect.signature(kind).parameters]
+    parser = new_parser(doc, pairs=pairs, lora=lora, **defaults)
+    if add_arguments:
+        add_arguments(parser)
+    args = parse(parser, parts)
+    data = load_data(parser, args, pairs)
+    accelerator = new_accelerator(args)
+
+    pipeline = load_pipeline(kind, args, accelerator, lora)
+    model, is_flow = getattr(pipeline, parts[0]), parts[0] == "transformer"
+    scheduler = FlowMatchEulerDiscreteScheduler if is_flow else DDPMScheduler
+    noise_scheduler = scheduler.from_config(pipeline.scheduler.config)
     if lora:
-        add("--rank", type=int, default=8, help="of the LoRA matrices")
-    if pairs:
-        add("--beta_dpo", type=float, default=2500.0,
-            help="multiplies the margin of mean errors, once; diffusers' SDXL script halves its own, whose 5000 is "
-            "2500 here. Watch rewards/margins, which should reach order one")  # fmt: skip
-        add("--kappa", type=float,
-            help="in place of --beta_dpo: each pair's beta is kappa over the reference's mean error on it, whose scale "
-            "then need not be known; 2 is a place to begin")  # fmt: skip
-        add("--precompute_reference", action="store_true",
-            help="ask the reference once for each pair, before training, and store its predictions beside the data, as "
-            "large as the latents; every epoch then repeats a pair's noise, timestep and crop")  # fmt: skip
-    parser.set_defaults(**defaults)
-    return parser
+        add_lora(model, args, accelerator)
+    else:
+        model.requires_grad_(True)
+    reference = frozen_view(model) if pairs else None  # shares what is frozen, and copies what will train
+    base = reference if pairs and not lora else model
+    run = Run(args, accelerator, pipeline, noise_scheduler, reference, new_ncp(base, args, noise_scheduler))
+    ref_preds = reference_predictions(run, data, question)
 
+    def save(model: nn.Module) -> None:
+        if not lora:
+            kind.from_pretrained(**source_of(args), **{parts[0]: model}).save_pretrained(args.output_dir)
+            return
+        layers = get_peft_model_state_dict(model)
+        layers = layers if is_flow else convert_state_dict_to_diffusers(layers)
+        kind.save_lora_weights(args.output_dir, **{f"{parts[0]}_lora_layers": layers})
 
-def parse(parser: Parser, *parts: str, pairs: bool = True, multiple: int = 8) -> tuple[argparse.Namespace, Data]:
-    """Arguments and data, or a refusal in one line, before any model is loaded.
-
-    Args:
-        parser: from `new_parser`, with the script's own arguments added.
-        *parts: of PARTS, those that the script's pipelines have.
-        pairs: whether the data holds pairs or winners alone.
-        multiple: of what the resolution must be, for the VAE's and the denoiser's steps.
-    """
-    args = parser.parse_args()
-    positive = ["resolution", "train_batch_size", "vae_encode_batch_size", "num_train_epochs", "max_train_steps"]
-    positive += ["gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "max_train_samples"]
-    positive += ["learning_rate", "max_grad_norm", "rank", "beta_dpo", "kappa", "ema_decay"]
-    for name in positive:
-        value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            parser.refuse(f"--{name}", "a positive number", value)
-    if args.resolution % multiple:
-        parser.refuse("--resolution", f"a multiple of {multiple}", args.resolution)
-    if args.report_to == "tensorboard" and not is_tensorboard_available():
-        parser.refuse("--report_to", "'none' where tensorboard is not installed", repr(args.report_to))
-    args.resume_from_checkpoint = _checkpoint(parser, args)
-    if Path(args.output_dir).is_file():
-        parser.refuse("--output_dir", "a folder", f"a file, {args.output_dir}")
-
-    must_be = f"the folder or hub id of a pipeline with {', '.join(parts)} alone of {', '.join(PARTS)}"
-    model = args.pretrained_model_name_or_path
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        parser.refuse("--pretrained_model_name_or_path", must_be, f"{model}, where nothing is")
-    try:
-        config = DiffusionPipeline.load_config(model, revision=args.revision, cache_dir=args.cache_dir)
-    except (OSError, ValueError) as error:
-        parser.refuse("--pretrained_model_name_or_path", must_be, model, error)
-    present = tuple(part for part in PARTS if part in config and config[part][0] is not None)
-    if set(present) != set(parts):
-        parser.refuse("--pretrained_model_name_or_path", must_be, f"{model}, with {', '.join(present)}")
-    vae = args.pretrained_vae_model_name_or_path
-    try:
-        _ = vae and AutoencoderKL.load_config(vae, cache_dir=args.cache_dir)
-    except (OSError, ValueError) as error:
-        parser.refuse("--pretrained_vae_model_name_or_path", "the folder or hub id of a VAE", vae, error)
-    return args, load_data(parser, args, pairs)
-
-
-def _checkpoint(parser: Parser, args: argparse.Namespace) -> Path | None:
-    """The checkpoint to resume from, if there is one."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint != "latest":
-        path = Path(args.resume_from_checkpoint)
-        if not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
-            parser.refuse("--resume_from_checkpoint", "'latest' or a folder named checkpoint-STEP", path)
-        return path
-    found = checkpoints(args.output_dir)
-    if not found:
-        print(f"{args.output_dir} holds no checkpoint; training starts at the first step")
-    return found[-1] if found else None
+    train(run, model, data, loss_step, save, ref_preds)
 
 
 def new_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -179,26 +134,36 @@ def new_accelerator(args: argparse.Namespace) -> Accelerator:
     )
 
 
-def load_pipeline(
-    kind: type, args: argparse.Namespace, accelerator: Accelerator, *, float32: tuple[str, ...] = ("vae",), **parts: Any
-) -> DiffusionPipeline:
-    """The pretrained pipeline, frozen and on the device, in the dtype of mixed precision but for the parts named."""
+def source_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the pretrained pipeline comes from."""
+    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    return {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, **source}
+
+
+def load_pipeline(kind: type, args: argparse.Namespace, accelerator: Accelerator, lora: bool) -> DiffusionPipeline:
+    """The pretrained pipeline, frozen, on the device, in the dtype of mixed precision.
+
+    The VAE stays in float32, since SDXL's overflows in float16, and so do weights that will train.
+    """
+    parts = {"safety_checker": None} if "safety_checker" in inspect.signature(kind).parameters else {}
+    if getattr(args, "no_text_encoder_3", False):
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
     if args.pretrained_vae_model_name_or_path:
         vae = args.pretrained_vae_model_name_or_path
         parts["vae"] = AutoencoderKL.from_pretrained(vae, cache_dir=args.cache_dir)
-    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    pipeline = kind.from_pretrained(args.pretrained_model_name_or_path, **source, **parts)
+    pipeline = kind.from_pretrained(**source_of(args), **parts)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    float32 = ("vae",) if lora else ("vae", "unet", "transformer")
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).to(accelerator.device, torch.float32 if name in float32 else half)
     return pipeline
 
 
-def add_lora(model: nn.Module, args: argparse.Namespace, accelerator: Accelerator, *targets: str) -> None:
-    """Adapters on the attention's projections and `targets`, in float32; a checkpoint holds them, no frozen weight."""
-    names = ["to_q", "to_k", "to_v", "to_out.0", *targets]
-    model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=names))
+def add_lora(model: nn.Module, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Adapters on the attention's projections, in float32; a checkpoint holds them, no frozen weight."""
+    options = {"init_lora_weights": "gaussian", "target_modules": LORA_TARGETS}
+    model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, **options))
     cast_training_params(model, torch.float32)
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
@@ -225,8 +190,9 @@ class Draws(NamedTuple):
 
 
 @torch.no_grad()
-def draw(vae: AutoencoderKL, batch: dict[str, Any], chunk: int) -> Draws:
+def draw(run: Run, batch: dict[str, Any]) -> Draws:
     """Encode the batch's images; draw its noises and places in the schedule, each from its own sample's seed."""
+    vae, chunk = run.pipeline.vae, run.args.vae_encode_batch_size
     images = batch["images"].to(vae.device, vae.dtype)
     with torch.autocast(vae.device.type, enabled=False):  # the VAEs of SD overflow in float16
         posteriors = [vae.encode(part).latent_dist for part in images.split(chunk)]
@@ -245,49 +211,32 @@ def draw(vae: AutoencoderKL, batch: dict[str, Any], chunk: int) -> Draws:
     return Draws(latents, noise, variance_noise, u.repeat(members))
 
 
-def target_of(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a model of the scheduler's prediction type should predict."""
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    return {"epsilon": noise, "sample": latents}[kind]
+def noised(run: Run, batch: dict[str, Any]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """For a U-Net and its noise schedule: noisy latents and their timesteps, the right prediction, and z."""
+    latents, noise, variance_noise, u = draw(run, batch)
+    scheduler = run.noise_scheduler
+    timesteps = (u * scheduler.config.num_train_timesteps).long()
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = {"epsilon": noise, "sample": latents}[scheduler.config.prediction_type]
+    return (scheduler.add_noise(latents, noise, timesteps), timesteps), target, variance_noise
 
 
-def new_ncp(model: nn.Module, args: argparse.Namespace, **options: Any) -> NoiseConditionedPerceptualLoss | None:
-    """The perceptual loss, where it is asked for."""
+def new_ncp(model: nn.Module, args: argparse.Namespace, schedule: Any) -> NoiseConditionedPerceptualLoss | None:
+    """The perceptual loss, where it is asked for.
+
+    A transformer has no layer of its own by default: it is half of its blocks. Its activations are large, and grow with
+    depth, so that its errors are divided by the features' mean square.
+    """
     if args.loss_space == "latent":
         return None
-    noise = (args.weighting or ("noise" if args.loss_space == "both" else "none")) == "noise"
-    options |= {"weighting": "noise" if noise else None, "checkpoint": args.gradient_checkpointing}
-    return NoiseConditionedPerceptualLoss(model, args.layer, **options)
-
-
-def measure(
-    space: str, ncp: NoiseConditionedPerceptualLoss | None, model_pred: Tensor, target: Tensor, *inputs: Tensor,
-    ref_pred: Tensor | None = None, **options: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Errors per sample of a prediction, and of a reference's if one is given, in the space of `--loss_space`.
-
-    Args:
-        space: "latent", "perceptual" or "both".
-        ncp: the perceptual loss, unless the space is latent.
-        model_pred, target, *inputs, ref_pred, **options: as in `ncp.errors`.
-    """
-
-    def latent(prediction: Tensor) -> Tensor:
-        return (prediction.float() - target.float()).square().flatten(1).mean(1)
-
-    error = ref_error = 0.0
-    if space != "latent":
-        error, ref_error = ncp.errors(model_pred, target, *inputs, ref_pred=ref_pred, **options)
-    if space != "perceptual":
-        error, ref_error = error + latent(model_pred), None if ref_pred is None else ref_error + latent(ref_pred)
-    return error, ref_error
-
-
-def beta_of(args: argparse.Namespace, ref: tuple[Tensor, Tensor]) -> float | Tensor:
-    """beta, or one for each pair, by the reference's errors on winners and losers, with `--kappa`."""
-    return args.beta_dpo if args.kappa is None else relative_beta(*ref, args.kappa)
+    weighting = args.weighting or ("noise" if args.loss_space == "both" else "none")
+    options = {"weighting": None if weighting == "none" else weighting, "checkpoint": args.gradient_checkpointing}
+    if isinstance(schedule, FlowMatchEulerDiscreteScheduler):
+        options["normalize"] = True
+    layer = args.layer or f"transformer_blocks.{model.config.num_layers // 2 - 1}"
+    return NoiseConditionedPerceptualLoss(model, layer, schedule=schedule, **options)
 
 
 def metrics_of(
@@ -320,19 +269,15 @@ def new_loader(args: argparse.Namespace, accelerator: Accelerator, stream: Strea
 
 
 @torch.no_grad()
-def reference_predictions(
-    args: argparse.Namespace, accelerator: Accelerator, data: Data, predict: Callable[[dict[str, Any]], Tensor]
-) -> Tensor | None:
+def reference_predictions(run: Run, data: Data, question: Ask) -> Tensor | None:
     """With `--precompute_reference`, the reference's predictions for every row's winner and loser, (rows, 2, C, H, W).
 
     Predictions and not errors: the margin of two errors that were computed apart is rounding in half precision. They
     are kept beside the data if that is a folder, else in the output folder, under a name that tells the settings apart
     that they depend on; weights that were changed in place under the same path are not noticed.
-
-    Args:
-        predict: the reference's predictions for a batch, (2B, C, H, W), winners first.
     """
-    if not args.precompute_reference:
+    args, accelerator = run.args, run.accelerator
+    if not getattr(args, "precompute_reference", False):
         return None
     names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "seed"]
     names += ["absolute_winners", "resolution", "random_crop", "no_hflip"]
@@ -346,7 +291,9 @@ def reference_predictions(
         loader = new_loader(args, accelerator, Stream(data, args, 0, len(data)))
         for batch in tqdm(loader, desc="reference", disable=not accelerator.is_main_process):
             with accelerator.autocast():
-                pairs = accelerator.gather(torch.stack(predict(batch).chunk(2), dim=1)).cpu()
+                (noisy_latents, timesteps), condition, *_ = question(run, batch)
+                ref_pred = run.reference(noisy_latents, timestep=timesteps, **condition).sample
+            pairs = accelerator.gather(torch.stack(ref_pred.chunk(2), dim=1)).cpu()
             kept = pairs.new_zeros(len(data), *pairs.shape[1:]) if kept is None else kept
             kept[accelerator.gather(batch["rows"]).cpu()] = pairs
         if accelerator.is_main_process:
@@ -370,16 +317,6 @@ def means_of(names: Iterable[str], seen: Tensor) -> dict[str, float]:
     return {name: mean for name, mean, may_lack in found if not (may_lack and math.isnan(mean))}
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints in a folder, the oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
-
-
 def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, step: int) -> None:
     """All of the run's state, under a checkpoint's name only once it is complete: a kill leaves none that is not."""
     path, partial = Path(args.output_dir, f"checkpoint-{step}"), Path(args.output_dir, "partial-checkpoint")
@@ -397,18 +334,21 @@ def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, step: in
 
 
 def train(
-    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, data: Data, compute_loss: Step,
-    save: Callable[[nn.Module], None], *, ref_preds: Tensor | None = None, after_step: Callable | None = None,
+    run: Run, model: nn.Module, data: Data, loss_step: LossStep, save: Callable[[nn.Module], None],
+    ref_preds: Tensor | None,
 ) -> None:  # fmt: skip
     """The loop: from the first step, or the checkpoint's, to the last, and the trained weights saved.
 
     Args:
         model: in training; its trainable parameters are optimized.
-        compute_loss: (the prepared model, a batch) -> the loss and what to log.
+        loss_step: as in `main`.
         save: writes the trained model's weights.
         ref_preds: from `reference_predictions`; a batch then has them as `batch["ref_preds"]`.
-        after_step: called with the model after each optimizer step.
     """
+    args, accelerator = run.args, run.accelerator
+    ema = EMAModel(model.parameters(), decay=args.ema_decay) if getattr(args, "use_ema", False) else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -440,7 +380,7 @@ def train(
     for batch in loader:
         with accelerator.accumulate(model):
             with accelerator.autocast():
-                loss, metrics = compute_loss(model, batch)
+                loss, metrics = loss_step(run, model, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -457,11 +397,15 @@ def train(
         shown = [name for name in ("loss", "rewards/margins", "rewards/accuracies") if name in logs]
         progress.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
         progress.update()
-        if after_step:
-            after_step(accelerator.unwrap_model(model))
+        if ema:
+            ema.to(accelerator.device)  # a resumed average comes back on the host
+            ema.step(accelerator.unwrap_model(model).parameters())
         if step % args.checkpointing_steps == 0:
             save_checkpoint(args, accelerator, step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save(accelerator.unwrap_model(model))
+        model = accelerator.unwrap_model(model)
+        if ema:
+            ema.copy_to(model.parameters())
+        save(model)
     accelerator.end_training()

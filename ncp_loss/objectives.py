@@ -64,7 +64,7 @@ def dpo_loss(
 ) -> Tensor:
     r"""Direct preference optimisation on denoising errors (Diffusion-DPO; paper, eq. 18), and its relatives.
 
-    ``z = -beta [(chosen - ref_chosen) - (rejected - ref_rejected)]``, then per pair
+    ``z = beta [(rejected - ref_rejected) - (chosen - ref_chosen)]``, beta times the margin; then per pair
 
     - "sigmoid": ``-(1 - s) log sigmoid(z) - s log sigmoid(-z)`` with label smoothing s,
     - "hinge": ``max(0, 1 - z)``,
@@ -169,7 +169,7 @@ def cpo_loss(
 ) -> Tensor:
     r"""Contrastive preference optimisation: no reference, and the winner's own error as an anchor (paper, eq. 19).
 
-    ``-log sigmoid(-beta (chosen - rejected)) + sft_weight * chosen`` per pair.
+    ``-log sigmoid(beta (rejected - chosen)) + sft_weight * chosen`` per pair.
 
     Args:
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).

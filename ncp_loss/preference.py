@@ -34,7 +34,7 @@ def ncp_dpo_loss(
 ) -> PreferenceOutput:
     r"""NCP-DPO (paper, eq. 18): direct preference optimisation on perceptual errors.
 
-    ``-log sigmoid(-beta [(PLw - PLw_ref) - (PLl - PLl_ref)])`` with PL the error of
+    ``-log sigmoid(beta [(PLl - PLl_ref) - (PLw - PLw_ref)])`` with PL the error of
     :class:`NoiseConditionedPerceptualLoss` on winners (w) and losers (l).
 
     The batch holds B winners, then their B losers: 2B rows in every tensor. Timesteps, noise and ``variance_noise``
@@ -115,7 +115,7 @@ def ncp_cpo_loss(
 ) -> PreferenceOutput:
     r"""NCP-CPO (paper, eq. 19): no reference model.
 
-    ``-log sigmoid(-beta (PLw - PLl)) + sft_weight * PLw``; the batch is laid out as in :func:`ncp_dpo_loss`.
+    ``-log sigmoid(beta (PLl - PLw)) + sft_weight * PLw``; the batch is laid out as in :func:`ncp_dpo_loss`.
 
     Args:
         ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states: as in :func:`ncp_dpo_loss`.

@@ -38,7 +38,7 @@ def test_every_snippet_of_the_readme_runs_as_it_stands_in_a_loop_that_has_its_na
 def test_code_on_the_first_page_fits_a_phone():
     assert (
         max(len(line) for block in re.findall(r"^```\w+\n(.*?)^```", README, re.M | re.S) for line in block.split("\n"))
-        <= 60
+        <= 48
     )
 
 
