@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,11 +21,12 @@ from .checks import (
     check_timesteps,
     values_are_free,
 )
-from .tensors import constant_to_compilers, per_sample
+from .tensors import constant_to_compilers, per_sample, widest
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_PREDICTION_TYPES = ("flow", "sample")
 Step = int | Literal["uniform", "clean"]
+Tensors = tuple[Tensor, ...]
 
 
 def check_step(step: object) -> None:
@@ -92,57 +94,52 @@ def _version(tensor: object) -> int:
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
 
 
-class NoiseSchedule:
-    r"""A variance-preserving noise schedule: ``x_t = alpha(t) x_0 + sigma(t) eps`` (paper, eq. 1).
+def _betas(scheduler: Any) -> Tensor:
+    """A scheduler's betas; those of its ``alphas_cumprod`` where that is not their product."""
+    betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
+    if betas.ndim == 1 and not betas.is_meta and product is not None and not getattr(product, "is_meta", False):
+        product = check_floating("schedule.alphas_cumprod", product).to("cpu", torch.float64)
+        betas = betas.to("cpu", torch.float64)
+        if product.shape != betas.shape or not product.isfinite().all():
+            must_be = f"a scheduler with {len(betas)} finite `alphas_cumprod`, one for each of its `betas`"
+            raise bad("schedule", must_be, f"{type(scheduler).__name__} with {product}")
+        if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
+            betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
+    return betas
 
-    ``alpha(t) = sqrt(prod_{i<=t} (1 - beta_i))`` and ``sigma(t) = sqrt(1 - alpha(t)^2)``, in float64.
 
-    Args:
-        betas: T variances, each in (0, 1]; the last may be 1 (zero terminal SNR) unless the model predicts epsilon.
-            None so small that 1 - beta is 1 in float64.
-        prediction_type: what the model outputs: "epsilon" (noise), "v_prediction" (velocity) or "sample" (x_0).
+class Schedule(ABC):
+    """What all schedules share: alpha and sigma at a timestep, and the affine reverse step from t to an earlier t'.
 
-    Raises:
-        ValueError, TypeError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
-
-    Warns:
-        UserWarning: B of one timestep is over a hundred times that of most, so that a sample there owns its batch.
-
-    >>> schedule = NoiseSchedule.from_scheduler(None)  # Stable Diffusion's own
-    >>> len(schedule), round(schedule.alpha(torch.tensor(999)).item(), 4)
-    (1000, 0.0683)
+    A kind of schedule says what alpha and sigma are, which timestep follows which, and what the step's coefficients
+    are, all in float64.
     """
 
-    _whole = True  # timesteps are whole numbers, for which coefficients can stand in tables
-    _scheduler: Any = None  # that it was read from, and what was read
+    steps: int  # T, the number of timesteps in training
+    _whole: bool  # whether timesteps are whole numbers, in [0, T), or any number in [0, T]
+    _clean_end: int  # the timestep at which alpha = 1 and sigma = 0
+    # The diffusers scheduler that the schedule was read from, and what was read of it.
+    _scheduler: Any = None
     _read: _Settings | None = None
 
-    def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        must_be, b = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1", None
-        if isinstance(betas, Tensor):
-            check_floating("betas", betas)
-        try:
-            b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
-            good = b.ndim == 1 and len(b) > 0 and bool(((1 - b < 1) & (b <= 1)).all())
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # text, a ragged list, values that are not there
-            raise bad("betas", must_be, type(betas).__name__, TypeError) from None
-        if not good:
-            raise bad("betas", must_be, f"of shape {tuple(b.shape)}, {b}")
-        squared = torch.cumprod(1 - b, 0)
-        if prediction_type == "epsilon" and squared[-1] == 0:
-            must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
-            raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
+    def __init__(self, prediction_type: str, choices: Sequence[str]) -> None:
+        check_choice("prediction_type", prediction_type, choices)
         self._prediction_type = prediction_type
-        # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
-        self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
-        self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
-        # What has been moved to a device: alpha and sigma, and the coefficients of a step.
-        self._moved: dict[Any, tuple[Tensor, ...]] = {}
-        self._warn(torch.arange(len(self), device="cpu"))
 
-    @classmethod
-    def from_scheduler(cls, scheduler: Any = None) -> NoiseSchedule:
+    @abstractmethod
+    def _scales(self, t: Tensor) -> Tensors:
+        """alpha and sigma at ``t``."""
+
+    @abstractmethod
+    def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+        """t' for t."""
+
+    @abstractmethod
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        """A, B and s of the step from ``t`` to ``after``."""
+
+    @staticmethod
+    def from_scheduler(scheduler: Any = None) -> NoiseSchedule:
         """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...): its betas and prediction type.
 
         The betas are accumulated anew in float64: a scheduler's own ``alphas_cumprod`` is float32, and B, a small
@@ -158,7 +155,8 @@ class NoiseSchedule:
             ValueError: its ``alphas_cumprod`` is not finite, or what it holds is no schedule.
         """
         if scheduler is None:
-            return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square())
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square()
+            return NoiseSchedule(betas)
         if isinstance(scheduler, NoiseSchedule):
             return scheduler
         read = _Settings.of(scheduler)
@@ -166,11 +164,14 @@ class NoiseSchedule:
             must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
             raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
         if read.flows:
-            schedule: NoiseSchedule = FlowSchedule(read.shift, read.steps, read.prediction_type)  # type: ignore[arg-type]
+            schedule: NoiseSchedule = FlowSchedule(read.shift, read.steps, read.prediction_type)  # type: ignore[assignment, arg-type]
         else:
-            schedule = cls(_betas(scheduler), read.prediction_type)
+            schedule = NoiseSchedule(_betas(scheduler), read.prediction_type)
         schedule._scheduler, schedule._read = scheduler, read
         return schedule
+
+    def __len__(self) -> int:
+        return self.steps
 
     @property
     def prediction_type(self) -> str:
@@ -188,51 +189,20 @@ class NoiseSchedule:
                 raise bad("schedule", f"what it was, a {type(self).__name__}", f"changed to a {type(now).__name__}")
             vars(self).update(vars(now))
 
-    def _warn(self, t: Tensor) -> None:
-        """Where one sample would own its batch: its error has B^2 in it."""
-        B = self._coefficients(t, self._after(t, 1, None), 1)[1].abs()
-        times = B.max().item() / B.median().item()
-        if times > 100:
-            warnings.warn(
-                f"{self}: at timestep {t[B.argmax()].item():g} the reverse step's B is {times:.0f} times the median. "
-                "Errors grow with B^2, so one sample there owns its batch: pass weighting='noise', which divides by "
-                "B^2, or leave such timesteps out",
-                stacklevel=4,
-            )
-
-    def __len__(self) -> int:
-        return len(self._alpha) - 1
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
-
     def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale at ``timesteps``, any shape, float64; -1 is the clean end."""
-        return self._at(0, self._checked(timesteps))
+        """The signal's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        return self._scales(self._checked(timesteps, self._clean_end))[0]
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at ``timesteps``, any shape, float64; -1 is the clean end."""
-        return self._at(1, self._checked(timesteps))
+        """The noise's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        return self._scales(self._checked(timesteps, self._clean_end))[1]
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         """t' for t: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
         check_step(step)
         check_generator("generator", generator)
-        t = self._checked(timesteps)
+        t = self._checked(timesteps, self._clean_end)
         return self._after(t if t.is_floating_point() else t.long(), step, generator)
-
-    def _checked(self, timesteps: Tensor) -> Tensor:
-        self._follow()
-        return check_timesteps(timesteps, len(self), self._whole, low=-1)
-
-    def _after(self, timesteps: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
-        if step == "clean":
-            return torch.full_like(timesteps, -1)
-        if step == "uniform":
-            device = timesteps.device if generator is None else generator.device
-            drawn = torch.randint(len(self), timesteps.shape, generator=generator, device=device)
-            return drawn.to(timesteps.device)
-        return (timesteps - step).clamp(min=-1)
 
     def reverse_step(
         self,
@@ -263,7 +233,7 @@ class NoiseSchedule:
         self._follow()
         check_step(step)
         check_generator("generator", generator)
-        timesteps = self._check_given(timesteps)
+        timesteps = self._given(timesteps)
         check_flag("pairs", pairs)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
             raise bad("dtype", "a floating-point torch.dtype of 16 bits or more", repr(dtype), TypeError)
@@ -275,24 +245,102 @@ class NoiseSchedule:
             after = self._after(t[: len(t) // 2], step, generator).repeat(2)
         else:
             after = self._after(t, step, generator)
-        if self._whole and step != "uniform":
-            A, B, s = (table[t] for table in _tables(self, step, t.device, dtype))
-        else:
-            A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
+        A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
         kept = timesteps.dtype if self._whole or timesteps.is_floating_point() else torch.float32
         return ReverseStep(A, B, s, after.clamp(min=0).to(kept))
 
-    def _check_given(self, timesteps: Tensor) -> Tensor:
-        return check_timesteps(timesteps, len(self), self._whole)
+    def _checked(self, timesteps: Tensor, low: int = 0) -> Tensor:
+        self._follow()
+        return check_timesteps(timesteps, len(self), self._whole, low)
 
-    def _at(self, which: int, t: Tensor) -> Tensor:
-        """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
-        dtype = torch.float32 if t.device.type == "mps" else torch.float64
-        return _tables(self, None, t.device, dtype)[which][t.long()[None]][0]  # a 0-dim index alone would be read
+    def _given(self, timesteps: Tensor) -> Tensor:
+        """The timesteps that a reverse step is asked for, checked."""
+        return self._checked(timesteps)
 
-    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B and s of the step from ``t`` to ``after``, in float64."""
-        alpha, sigma, alpha_, sigma_ = (self._at(which, time) for time in (t, after) for which in (0, 1))
+    def _warn(self, t: Tensor) -> None:
+        """Where one sample would own its batch: its error has B^2 in it."""
+        B = self._coefficients(t, self._after(t, 1, None), 1)[1].abs()
+        times = B.max().item() / B.median().item()
+        if times > 100:
+            warnings.warn(
+                f"{self}: at timestep {t[B.argmax()].item():g} the reverse step's B is {times:.0f} times the median. "
+                "Errors grow with B^2, so one sample there owns its batch: pass weighting='noise', which divides by "
+                "B^2, or leave such timesteps out",
+                stacklevel=4,
+            )
+
+
+class NoiseSchedule(Schedule):
+    r"""A variance-preserving noise schedule: ``x_t = alpha(t) x_0 + sigma(t) eps`` (paper, eq. 1).
+
+    ``alpha(t) = sqrt(prod_{i<=t} (1 - beta_i))`` and ``sigma(t) = sqrt(1 - alpha(t)^2)``, in float64.
+
+    Args:
+        betas: T variances, each in (0, 1]; the last may be 1 (zero terminal SNR) unless the model predicts epsilon.
+            None so small that 1 - beta is 1 in float64.
+        prediction_type: what the model outputs: "epsilon" (noise), "v_prediction" (velocity) or "sample" (x_0).
+
+    Raises:
+        ValueError, TypeError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
+
+    Warns:
+        UserWarning: B of one timestep is over a hundred times that of most, so that a sample there owns its batch.
+
+    >>> schedule = NoiseSchedule.from_scheduler(None)  # Stable Diffusion's own
+    >>> len(schedule), round(schedule.alpha(torch.tensor(999)).item(), 4)
+    (1000, 0.0683)
+    """
+
+    _whole = True
+    _clean_end = -1  # the index of the tables' extra last row
+
+    def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
+        super().__init__(prediction_type, PREDICTION_TYPES)
+        must_be = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1"
+        if isinstance(betas, Tensor):
+            check_floating("betas", betas)
+        try:
+            b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
+            good = b.ndim == 1 and len(b) > 0 and bool(((1 - b < 1) & (b <= 1)).all())
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # text, a ragged list, values that are not there
+            raise bad("betas", must_be, type(betas).__name__, TypeError) from None
+        if not good:
+            raise bad("betas", must_be, f"of shape {tuple(b.shape)}, {b}")
+        squared = torch.cumprod(1 - b, 0)
+        if prediction_type == "epsilon" and squared[-1] == 0:
+            must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
+            raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
+        self.steps = len(squared)
+        # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
+        self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
+        self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
+        # What has been computed for every t and moved to a device: alpha and sigma, or A, B and s of a step.
+        self._moved: dict[tuple[Step | None, torch.device], Tensors] = {}
+        self._warn(torch.arange(len(self), device="cpu"))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
+
+    def _scales(self, t: Tensor) -> Tensors:
+        # A 0-dim index alone would be read by the host, which waits for the device.
+        return tuple(table[t.long()[None]][0] for table in _scales_for_every_t(self, t.device))
+
+    def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+        if step == "clean":
+            return torch.full_like(t, self._clean_end)
+        if step == "uniform":
+            device = t.device if generator is None else generator.device
+            return torch.randint(len(self), t.shape, generator=generator, device=device).to(t.device)
+        return (t - step).clamp(min=self._clean_end)
+
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        if step == "uniform":  # t' does not follow from t, so no table has it
+            return self._computed(t, after, step)
+        return tuple(table[t] for table in _coefficients_for_every_t(self, step, t.device))
+
+    def _computed(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        """A, B and s of the step from ``t`` to ``after``, by their formulas."""
+        (alpha, sigma), (alpha_, sigma_) = self._scales(t), self._scales(after)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         posterior = isinstance(step, int)  # eta = 1
         s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt() if posterior else zero
@@ -306,56 +354,35 @@ class NoiseSchedule:
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
         return A, B, s
 
+    def _moved_once(self, key: Step | None, device: torch.device, compute: Callable[[], Tensors]) -> Tensors:
+        """What ``compute`` makes on the host in float64, on the device; computed and moved on the first call only."""
+        if (key, device) in self._moved:
+            return self._moved[key, device]
+        tables = tuple(table.to(device, widest(device)) for table in compute())
+        if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
+            self._moved[key, device] = tables
+        return tables
+
 
 # A compiler takes the tables as constants, so that filling the cache on the first call is no reason to compile a second
-# time. It watches for another schedule by this function's argument; of a method it would not watch the owner.
+# time. It watches for another schedule by these functions' argument; of a method it would not watch the owner.
+
+
 @constant_to_compilers
-def _tables(schedule: NoiseSchedule, step: Step | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A, B and s of ``step``, or alpha and sigma, for every t: from float64 on the host, once per device and dtype."""
-    key = (step, device, dtype)
-    if key in schedule._moved:
-        return schedule._moved[key]
-    tables: tuple[Tensor, ...] = (schedule._alpha, schedule._sigma)
-    if step is not None:
-        t = torch.arange(len(schedule), device="cpu")
-        tables = schedule._coefficients(t, schedule._after(t, step, None), step)
-    tables = tuple(table.to(device, dtype) for table in tables)
-    if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
-        schedule._moved[key] = tables
-    return tables
+def _scales_for_every_t(schedule: NoiseSchedule, device: torch.device) -> Tensors:
+    """alpha and sigma for every t, and for the clean end."""
+    return schedule._moved_once(None, device, lambda: (schedule._alpha, schedule._sigma))
 
 
-def check_noisy(schedule: NoiseSchedule, noisy_latents: Tensor, timesteps: Tensor) -> None:
-    """Where looking is free: latents far above unit variance, at high noise, are a sampler's, not the model's.
-
-    The Euler-like schedulers' ``add_noise`` gives x_0 + (sigma / alpha) eps; the model gets that times alpha, which
-    their ``scale_model_input`` makes of it. At high noise x_0 has little part in it.
-    """
-    if not values_are_free(noisy_latents) or not values_are_free(timesteps):
-        return
-    high = schedule.alpha(timesteps).square() < 0.05
-    power = noisy_latents.detach().double().square().flatten(1).mean(1) * high
-    if (power > 4).any():
-        must_be = "as the model gets them, alpha x_0 + sigma noise (an Euler-like scheduler's scale_model_input makes"
-        was = f"of mean square {power.max().item():.3g} at timestep {timesteps[power.argmax()].item():g}"
-        raise bad("noisy_latents", f"{must_be} its add_noise that), near 1 at high noise", was)
+@constant_to_compilers
+def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch.device) -> Tensors:
+    """A, B and s of ``step`` for every t."""
+    t = torch.arange(len(schedule), device="cpu")
+    return schedule._moved_once(step, device, lambda: schedule._computed(t, schedule._after(t, step, None), step))
 
 
-def _betas(scheduler: Any) -> Tensor:
-    """A scheduler's betas; those of its ``alphas_cumprod`` where that is not their product."""
-    betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
-    if betas.ndim == 1 and not betas.is_meta and product is not None and not getattr(product, "is_meta", False):
-        product = check_floating("schedule.alphas_cumprod", product).to("cpu", torch.float64)
-        betas = betas.to("cpu", torch.float64)
-        if product.shape != betas.shape or not product.isfinite().all():
-            must_be = f"a scheduler with {len(betas)} finite `alphas_cumprod`, one for each of its `betas`"
-            raise bad("schedule", must_be, f"{type(scheduler).__name__} with {product}")
-        if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
-            betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
-    return betas
-
-
-class FlowSchedule(NoiseSchedule):
+@NoiseSchedule.register  # whatever takes a NoiseSchedule takes this one too, and isinstance says so
+class FlowSchedule(Schedule):
     r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``; the model predicts ``eps - x_0``, "flow".
 
     A timestep is ``sigma * steps``, a float in (0, steps], on the grid or between its points, as trainers of SD 3, Flux
@@ -379,27 +406,21 @@ class FlowSchedule(NoiseSchedule):
     """
 
     _whole = False
-    _scale_seen = False  # a timestep above 1
+    _clean_end = 0
+    _scale_seen = False  # a timestep above 1 has been given
 
     def __init__(self, shift: float = 1.0, steps: int = 1000, prediction_type: str = "flow") -> None:
-        check_choice("prediction_type", prediction_type, FLOW_PREDICTION_TYPES)
-        self._prediction_type, self.shift = prediction_type, check_number("shift", shift)
+        super().__init__(prediction_type, FLOW_PREDICTION_TYPES)
+        self.shift = check_number("shift", shift)
         self.steps = int(check_number("steps", steps, "a positive whole number", lambda n: n >= 1 and n == int(n)))
         u = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
         self._warn(self._timesteps(u))
-
-    def __len__(self) -> int:
-        return self.steps
 
     def __repr__(self) -> str:
         kind = "" if self._prediction_type == "flow" else f", prediction_type={self._prediction_type!r}"
         return f"FlowSchedule(shift={self.shift}, steps={self.steps}{kind})"
 
-    def _checked(self, timesteps: Tensor) -> Tensor:
-        self._follow()
-        return check_timesteps(timesteps, len(self), self._whole)
-
-    def _check_given(self, timesteps: Tensor) -> Tensor:
+    def _given(self, timesteps: Tensor) -> Tensor:
         """Sigmas given for timesteps are told until the first timestep above 1; a true one below is rare."""
         t = self._checked(timesteps)
         if self.steps > 1 and not self._scale_seen and values_are_free(t):
@@ -409,17 +430,15 @@ class FlowSchedule(NoiseSchedule):
                 raise bad("timesteps", f"sigma * {self.steps}, in [0, {self.steps}]", was)
         return t
 
-    def _at(self, which: int, t: Tensor) -> Tensor:
-        """1 - sigma or sigma, the scales of the signal and the noise."""
-        sigma = t.to(torch.float32 if t.device.type == "mps" else torch.float64) / self.steps
-        return sigma if which else 1 - sigma
+    def _scales(self, t: Tensor) -> Tensors:
+        sigma = t.to(widest(t.device)) / self.steps
+        return 1 - sigma, sigma
 
     def _timesteps(self, u: Tensor) -> Tensor:
         return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
 
-    def _after(self, timesteps: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
-        """t' for t: ``step`` grid points below; 0, the clean end, past the last and at "clean"; drawn for "uniform"."""
-        sigma = self._at(1, timesteps)
+    def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+        _, sigma = self._scales(t)
         if step == "clean":
             return torch.zeros_like(sigma)
         if step == "uniform":
@@ -429,11 +448,40 @@ class FlowSchedule(NoiseSchedule):
             u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
         return self._timesteps(u)
 
-    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """A = 1, ``B = sigma' - sigma``, s = 0; of a model that predicts x_0, ``sigma'/sigma`` and 1 less that."""
-        sigma, sigma_ = self._at(1, t), self._at(1, after)
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        (_, sigma), (_, sigma_) = self._scales(t), self._scales(after)
         zero = torch.zeros_like(sigma)
         if self._prediction_type == "flow":
             return torch.ones_like(sigma), sigma_ - sigma, zero
         A = torch.where(sigma > 0, sigma_ / sigma, zero)  # the clean end is x_0
         return A, torch.where(sigma > 0, (sigma - sigma_) / sigma, torch.ones_like(sigma)), zero
+
+
+def draw_noise(step: Step, latents: Tensor, generator: torch.Generator | None, pairs: bool) -> Tensor | None:
+    """z of the reverse step, shaped like the latents; the members of a pair share theirs. None stands for z = 0.
+
+    Without a generator nothing is drawn. For "uniform" and "clean" nothing is either: their s is 0, so that z has no
+    part in the step, and a generator is left to draw t'.
+    """
+    if generator is None or not isinstance(step, int):
+        return None
+    groups = 2 if pairs else 1
+    shape = (len(latents) // groups, *latents.shape[1:])
+    z = torch.randn(shape, generator=generator, device=generator.device, dtype=latents.dtype).to(latents.device)
+    return torch.cat([z] * groups)
+
+
+def check_noisy(schedule: Schedule, noisy_latents: Tensor, timesteps: Tensor) -> None:
+    """Where looking is free: latents far above unit variance, at high noise, are a sampler's, not the model's.
+
+    The Euler-like schedulers' ``add_noise`` gives x_0 + (sigma / alpha) eps; the model gets that times alpha, which
+    their ``scale_model_input`` makes of it. At high noise x_0 has little part in it.
+    """
+    if not values_are_free(noisy_latents) or not values_are_free(timesteps):
+        return
+    high = schedule.alpha(timesteps).square() < 0.05
+    power = noisy_latents.detach().double().square().flatten(1).mean(1) * high
+    if (power > 4).any():
+        must_be = "as the model gets them, alpha x_0 + sigma noise (an Euler-like scheduler's scale_model_input makes"
+        was = f"of mean square {power.max().item():.3g} at timestep {timesteps[power.argmax()].item():g}"
+        raise bad("noisy_latents", f"{must_be} its add_noise that), near 1 at high noise", was)
