@@ -179,10 +179,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call; the
                 loss is used by a second thread or a hook while a pass runs; a second derivative is asked for.
         """
-        check_reverse_mode(model_pred)
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_flag("pairs", pairs)
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
+        check_reverse_mode(model_pred)
         timesteps = expand_timesteps(timesteps, noisy_latents)
         check_generator("generator", generator)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
