@@ -1,4 +1,4 @@
-"""schedule: the reverse step x_t -> x_t', which is affine in the prediction: x_t'(o) = A x_t + B o + s z."""
+"""schedule: the reverse step x_t -> x_t', which is affine in the prediction o: x_t'(o) = A x_t + B o + s z."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def check_step(step: object) -> None:
 
 
 class ReverseStep(NamedTuple):
-    """The coefficients of ``x_t'(o) = A x_t + B o + s z`` and the timestep t' at which features are taken, all (B,)."""
+    """The coefficients of ``x_t'(o) = A x_t + B o + s z``, and the timestep t' at which features are taken.
+
+    Each is (B,), one number for each sample. o is a prediction and z the step's random noise.
+    """
 
     A: Tensor
     B: Tensor
@@ -42,21 +45,21 @@ class ReverseStep(NamedTuple):
     timesteps: Tensor
 
     def latents(self, noisy_latents: Tensor, output: Tensor, variance_noise: Tensor | None) -> Tensor:
-        """x_t'(output), in the precision of the coefficients; ``variance_noise=None`` is z = 0."""
+        """``x_t'(output)``, in the precision of the coefficients. ``variance_noise`` is z; None stands for z = 0."""
         x = per_sample(self.A, noisy_latents) * noisy_latents + per_sample(self.B, output) * output
         return x if variance_noise is None else x + per_sample(self.s, variance_noise) * variance_noise
 
     def displacement(self, output: Tensor, target: Tensor) -> Tensor:
-        """x_t'(output) - x_t'(target) = B (output - target), free of the cancellation of taking the difference."""
+        """``x_t'(output) - x_t'(target) = B (output - target)``, which loses no digits to cancellation."""
         return per_sample(self.B, output) * (output.to(self.B.dtype) - target)
 
 
 class _Settings(NamedTuple):
-    """What of a diffusers scheduler a schedule is made of, all of it on the host."""
+    """What a schedule reads of a diffusers scheduler. Comparing two readings tells whether the scheduler changed."""
 
     betas: Any
-    alphas_cumprod: Tensor | None  # where it is on the host: add_noise moves it to where the samples are
-    versions: tuple[int, int]
+    alphas_cumprod: Tensor | None  # None while it is on another device: the scheduler's add_noise moves it there
+    versions: tuple[int, int]  # of the two tensors, which count what is written into them in place
     prediction_type: str
     flows: bool
     shift: float | None
@@ -70,13 +73,15 @@ class _Settings(NamedTuple):
         versions = _version(betas), _version(product)
         prediction_type = getattr(config, "prediction_type", None)
         of_flow = isinstance(prediction_type, str) and prediction_type == "flow_prediction"
+        # UniPC, DPM++ and their like have betas too, and say by an option that they run along a flow.
         flows = getattr(config, "use_flow_sigmas", False) or of_flow
-        given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
+        # `set_shift` writes to `_shift`, and leaves the configuration as it was.
+        given = getattr(scheduler, "_shift", getattr(config, "shift", None))
         shift = getattr(config, "flow_shift", None) if flows else given
         if shift is not None and getattr(config, "use_dynamic_shifting", False):
-            shift = 1.0  # by the image's size, and only in sampling
+            shift = 1.0  # the shift then depends on the image's size, and is used in sampling only
         if getattr(config, "invert_sigmas", False):
-            shift = None
+            shift = None  # from_scheduler refuses it: time runs from data to noise
         flows = flows or not isinstance(betas, Tensor)
         if of_flow or prediction_type is None:
             prediction_type = "flow" if flows else "epsilon"
@@ -85,6 +90,7 @@ class _Settings(NamedTuple):
         )
 
     def differ(self, now: _Settings) -> bool:
+        """Whether the scheduler has been given other settings. A product that has moved to a device tells nothing."""
         of_betas = self.betas is not now.betas or self.versions[0] != now.versions[0]
         same_product = self.alphas_cumprod is now.alphas_cumprod and self.versions[1] == now.versions[1]
         return of_betas or self[3:] != now[3:] or not (same_product or now.alphas_cumprod is None)
@@ -95,7 +101,7 @@ def _version(tensor: object) -> int:
 
 
 def _betas(scheduler: Any) -> Tensor:
-    """A scheduler's betas; those of its ``alphas_cumprod`` where that is not their product."""
+    """A scheduler's betas, or those that belong to its ``alphas_cumprod`` where this is not the betas' product."""
     betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
     if betas.ndim == 1 and not betas.is_meta and product is not None and not getattr(product, "is_meta", False):
         product = check_floating("schedule.alphas_cumprod", product).to("cpu", torch.float64)
@@ -140,19 +146,21 @@ class Schedule(ABC):
 
     @staticmethod
     def from_scheduler(scheduler: Any = None) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...): its betas and prediction type.
+        """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...).
 
-        The betas are accumulated anew in float64: a scheduler's own ``alphas_cumprod`` is float32, and B, a small
-        difference of such numbers, would keep three or four digits of it. That is taken only where it is not the betas'
-        product (CogVideoX). None is Stable Diffusion's schedule: 1000 steps,
-        ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A flow-matching scheduler gives a
-        :class:`FlowSchedule` with its shift.
+        A scheduler with betas gives a :class:`NoiseSchedule` with these betas and its prediction type. A flow-matching
+        scheduler gives a :class:`FlowSchedule` with its shift. None gives Stable Diffusion's schedule: 1000 steps,
+        ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A schedule is returned as it is.
 
-        The scheduler is kept: where its betas, prediction type or shift change later, the schedule's do.
+        The product of ``1 - beta`` is computed in float64. A scheduler's own ``alphas_cumprod`` is float32, and B is a
+        small difference of such numbers, which would have only three or four correct digits. ``alphas_cumprod`` is
+        used only if it is not the product of the betas, as in CogVideoX.
+
+        The schedule keeps the scheduler. If the scheduler's betas, prediction type or shift change, so do its own.
 
         Raises:
             TypeError: the scheduler has neither betas nor a shift, or runs from data to noise.
-            ValueError: its ``alphas_cumprod`` is not finite, or what it holds is no schedule.
+            ValueError: its ``alphas_cumprod`` is not finite, or its settings make no schedule.
         """
         if scheduler is None:
             betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square()
@@ -175,12 +183,12 @@ class Schedule(ABC):
 
     @property
     def prediction_type(self) -> str:
-        """What the model outputs; of a scheduler, what its configuration says now."""
+        """What the model outputs. If the schedule was read from a scheduler, this is what the scheduler says now."""
         self._follow()
         return self._prediction_type
 
     def _follow(self) -> None:
-        """A scheduler that has been given other settings since is read again; scripts do that inside their loop."""
+        """Read the scheduler again if its settings have changed, as training scripts change them inside their loop."""
         if torch.compiler.is_compiling() or self._read is None:
             return
         if self._read.differ(_Settings.of(self._scheduler)):
@@ -198,7 +206,11 @@ class Schedule(ABC):
         return self._scales(self._checked(timesteps, self._clean_end))[1]
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
-        """t' for t: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
+        """The timestep t' that follows t in the reverse process, shaped like ``timesteps``.
+
+        This is ``t - step``, or the clean end if no such timestep is left; the clean end for "clean"; and a timestep
+        drawn at random for "uniform". The clean end is -1, and 0 for a flow.
+        """
         check_step(step)
         check_generator("generator", generator)
         t = self._checked(timesteps, self._clean_end)
@@ -213,19 +225,22 @@ class Schedule(ABC):
         generator: torch.Generator | None = None,
         pairs: bool = False,
     ) -> ReverseStep:
-        r"""The coefficients of one reverse step from t to t', in ``dtype``.
+        r"""The coefficients of one reverse step from t to t' (paper, eq. 2 and 12).
 
-        With ``x_0`` and ``eps`` the affine estimates that the prediction gives,
-        ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` and
-        ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``:
-        eta = 1, the DDPM posterior, for ``step=k`` (paper, eq. 2 and 12); eta = 0, DDIM, for "uniform" and "clean".
+        A prediction o gives estimates of ``x_0`` and ``eps``, which are affine in o. The step takes these to
+        ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` with
+        ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``, and A, B and s of the result are returned.
+        For ``step=k`` eta is 1, which is the DDPM posterior. For "uniform" and "clean" eta is 0, which is DDIM.
 
         Args:
-            timesteps: (B,) integers in [0, T), int64 or float; of a flow, any number in [0, T].
-            step: k >= 1, "uniform" or "clean".
-            dtype: of the coefficients, which are computed in float64 whatever it is.
+            timesteps: t, (B,), whole numbers in [0, T) of any dtype; for a flow any numbers in [0, T].
+            step: the number of timesteps to go back, 1 or more; "uniform", to a t' drawn at random; or "clean", to x_0.
+            dtype: that of the coefficients. They are computed in float64 and then rounded.
             generator: draws t' for "uniform".
-            pairs: the second half of the batch shares its draws of t' with the first.
+            pairs: whether the second half of the batch shares its drawn t' with the first.
+
+        Returns:
+            A, B and s in ``dtype``, and t', each (B,).
 
         Raises:
             ValueError, TypeError: an argument of the wrong type, dtype, shape or value.
@@ -254,11 +269,11 @@ class Schedule(ABC):
         return check_timesteps(timesteps, len(self), self._whole, low)
 
     def _given(self, timesteps: Tensor) -> Tensor:
-        """The timesteps that a reverse step is asked for, checked."""
+        """The timesteps of a reverse step, checked. A flow checks more of them here than elsewhere."""
         return self._checked(timesteps)
 
     def _warn(self, t: Tensor) -> None:
-        """Where one sample would own its batch: its error has B^2 in it."""
+        """Warn if one timestep's B is so large that a sample there outweighs its batch: errors grow with B^2."""
         B = self._coefficients(t, self._after(t, 1, None), 1)[1].abs()
         times = B.max().item() / B.median().item()
         if times > 100:
@@ -276,15 +291,15 @@ class NoiseSchedule(Schedule):
     ``alpha(t) = sqrt(prod_{i<=t} (1 - beta_i))`` and ``sigma(t) = sqrt(1 - alpha(t)^2)``, in float64.
 
     Args:
-        betas: T variances, each in (0, 1]; the last may be 1 (zero terminal SNR) unless the model predicts epsilon.
-            None so small that 1 - beta is 1 in float64.
+        betas: T variances, each in (0, 1], and large enough that 1 - beta is less than 1 in float64. The last may be 1
+            (zero terminal SNR) unless the model predicts epsilon.
         prediction_type: what the model outputs: "epsilon" (noise), "v_prediction" (velocity) or "sample" (x_0).
 
     Raises:
         ValueError, TypeError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
 
     Warns:
-        UserWarning: B of one timestep is over a hundred times that of most, so that a sample there owns its batch.
+        UserWarning: B of one timestep is over a hundred times the median, so that a sample there outweighs its batch.
 
     >>> schedule = NoiseSchedule.from_scheduler(None)  # Stable Diffusion's own
     >>> len(schedule), round(schedule.alpha(torch.tensor(999)).item(), 4)
@@ -292,7 +307,7 @@ class NoiseSchedule(Schedule):
     """
 
     _whole = True
-    _clean_end = -1  # the index of the tables' extra last row
+    _clean_end = -1  # as an index, this is the tables' extra last row
 
     def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
         super().__init__(prediction_type, PREDICTION_TYPES)
@@ -311,10 +326,10 @@ class NoiseSchedule(Schedule):
             must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
             raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
         self.steps = len(squared)
-        # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
+        # The extra last row is the clean end, alpha = 1 and sigma = 0. Every t' < 0 is clamped to its index, -1.
         self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
         self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
-        # What has been computed for every t and moved to a device: alpha and sigma, or A, B and s of a step.
+        # Tables on each device that has been used: alpha and sigma under None, and A, B and s under their step.
         self._moved: dict[tuple[Step | None, torch.device], Tensors] = {}
         self._warn(torch.arange(len(self), device="cpu"))
 
@@ -322,7 +337,7 @@ class NoiseSchedule(Schedule):
         return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
 
     def _scales(self, t: Tensor) -> Tensors:
-        # A 0-dim index alone would be read by the host, which waits for the device.
+        # An index of 0 dimensions would be read by the host, which would have to wait for the device.
         return tuple(table[t.long()[None]][0] for table in _scales_for_every_t(self, t.device))
 
     def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
@@ -334,7 +349,7 @@ class NoiseSchedule(Schedule):
         return (t - step).clamp(min=self._clean_end)
 
     def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
-        if step == "uniform":  # t' does not follow from t, so no table has it
+        if step == "uniform":  # t' is drawn, so a table by t cannot hold the coefficients
             return self._computed(t, after, step)
         return tuple(table[t] for table in _coefficients_for_every_t(self, step, t.device))
 
@@ -355,17 +370,18 @@ class NoiseSchedule(Schedule):
         return A, B, s
 
     def _moved_once(self, key: Step | None, device: torch.device, compute: Callable[[], Tensors]) -> Tensors:
-        """What ``compute`` makes on the host in float64, on the device; computed and moved on the first call only."""
+        """The tables that ``compute`` makes on the host in float64, on ``device``. Later calls return the same ones."""
         if (key, device) in self._moved:
             return self._moved[key, device]
         tables = tuple(table.to(device, widest(device)) for table in compute())
-        if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
+        if all(type(table) is Tensor for table in tables):  # a tracer's tensors are of no use outside its trace
             self._moved[key, device] = tables
         return tables
 
 
-# A compiler takes the tables as constants, so that filling the cache on the first call is no reason to compile a second
-# time. It watches for another schedule by these functions' argument; of a method it would not watch the owner.
+# A compiler takes these tables as constants. Otherwise it would compile a second time, since the first call fills the
+# cache. They come from functions and not from methods, because a compiler watches a function's arguments for another
+# schedule, and would not watch a method's owner.
 
 
 @constant_to_compilers
@@ -381,20 +397,22 @@ def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch
     return schedule._moved_once(step, device, lambda: schedule._computed(t, schedule._after(t, step, None), step))
 
 
-@NoiseSchedule.register  # whatever takes a NoiseSchedule takes this one too, and isinstance says so
+@NoiseSchedule.register  # whatever takes a NoiseSchedule takes a flow too, so isinstance says that it is one
 class FlowSchedule(Schedule):
-    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``; the model predicts ``eps - x_0``, "flow".
+    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``.
 
-    A timestep is ``sigma * steps``, a float in (0, steps], on the grid or between its points, as trainers of SD 3, Flux
-    and their kin hold it. The grid is uniform in u, ``sigma = shift u / (1 + (shift - 1) u)``; step=k goes from u to
-    ``u - k / steps``: ``x_t' = x_t + (sigma' - sigma) o``, the Euler step, with nothing random in it (eta = 0). Where
-    the prediction is x_0, as with trainers' ``precondition_outputs``, this is
-    ``x_t' = (sigma'/sigma) x_t + (1 - sigma'/sigma) o``.
+    A timestep is ``sigma * steps``, any number in [0, steps], as in trainers of SD 3 and Flux. Steps are counted on a
+    grid that is uniform in u, where ``sigma = shift u / (1 + (shift - 1) u)``, and ``step=k`` goes from u to
+    ``u - k / steps``. A timestep may lie between the grid's points.
+
+    A model that predicts "flow", ``eps - x_0``, takes the Euler step ``x_t' = x_t + (sigma' - sigma) o``. A model that
+    predicts "sample", x_0, as with trainers' ``precondition_outputs``, takes the same step in the form
+    ``x_t' = (sigma'/sigma) x_t + (1 - sigma'/sigma) o``. Neither has a random part: s is 0.
 
     Args:
-        shift: of the sigmas, as in FlowMatchEulerDiscreteScheduler; 1 where shifting is dynamic.
+        shift: the shift of the sigmas, as in FlowMatchEulerDiscreteScheduler; 1 if shifting is dynamic.
         steps: T, the scale of the timesteps.
-        prediction_type: what the model outputs: "flow" or "sample" (x_0).
+        prediction_type: what the model outputs, "flow" or "sample" (x_0).
 
     Raises:
         ValueError, TypeError: a shift that is not a positive number, steps that are not a positive whole one, an
@@ -421,7 +439,7 @@ class FlowSchedule(Schedule):
         return f"FlowSchedule(shift={self.shift}, steps={self.steps}{kind})"
 
     def _given(self, timesteps: Tensor) -> Tensor:
-        """Sigmas given for timesteps are told until the first timestep above 1; a true one below is rare."""
+        """Refuse sigmas that are given as timesteps. Timesteps are rarely below 1, so one above 1 ends the search."""
         t = self._checked(timesteps)
         if self.steps > 1 and not self._scale_seen and values_are_free(t):
             self._scale_seen = bool((t > 1).any())
@@ -453,15 +471,14 @@ class FlowSchedule(Schedule):
         zero = torch.zeros_like(sigma)
         if self._prediction_type == "flow":
             return torch.ones_like(sigma), sigma_ - sigma, zero
-        A = torch.where(sigma > 0, sigma_ / sigma, zero)  # the clean end is x_0
+        A = torch.where(sigma > 0, sigma_ / sigma, zero)  # at sigma = 0 the formula is 0/0, and the step ends at x_0
         return A, torch.where(sigma > 0, (sigma - sigma_) / sigma, torch.ones_like(sigma)), zero
 
 
 def draw_noise(step: Step, latents: Tensor, generator: torch.Generator | None, pairs: bool) -> Tensor | None:
-    """z of the reverse step, shaped like the latents; the members of a pair share theirs. None stands for z = 0.
+    """z of the reverse step, shaped like the latents. Both members of a pair get the same. None stands for z = 0.
 
-    Without a generator nothing is drawn. For "uniform" and "clean" nothing is either: their s is 0, so that z has no
-    part in the step, and a generator is left to draw t'.
+    Nothing is drawn without a generator, or for "uniform" and "clean", in whose step s is 0 and z has no part.
     """
     if generator is None or not isinstance(step, int):
         return None
@@ -472,10 +489,11 @@ def draw_noise(step: Step, latents: Tensor, generator: torch.Generator | None, p
 
 
 def check_noisy(schedule: Schedule, noisy_latents: Tensor, timesteps: Tensor) -> None:
-    """Where looking is free: latents far above unit variance, at high noise, are a sampler's, not the model's.
+    """Refuse latents at high noise whose variance is far above 1: a sampler has scaled them as no model takes them.
 
-    The Euler-like schedulers' ``add_noise`` gives x_0 + (sigma / alpha) eps; the model gets that times alpha, which
-    their ``scale_model_input`` makes of it. At high noise x_0 has little part in it.
+    The Euler-like schedulers' ``add_noise`` makes ``x_0 + (sigma / alpha) eps``. Their ``scale_model_input`` multiplies
+    it by alpha, which makes the model's input. At high noise x_0 has little part in it, so its variance is near 1.
+    Values are read only where this costs no synchronisation.
     """
     if not values_are_free(noisy_latents) or not values_are_free(timesteps):
         return
