@@ -36,10 +36,6 @@ def check_number(
     return float(value)
 
 
-def check_positive(name: str, value: object) -> float:
-    return check_number(name, value)
-
-
 def check_generator(name: str, value: object) -> None:
     if not isinstance(value, torch.Generator | None):
         raise bad(name, "a torch.Generator or None", _of(value), TypeError)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .checks import bad, check_floating, check_number, check_numbers, check_rows
 from .tensors import Features, constant_to_compilers
 from .view import own_trainable, twin_of
-from .watch import Watch
+from .watch import Link, Watch
 
 Layers = str | Sequence[str] | Mapping[str, float]
 Encode = Callable[[Tensor], Features]
@@ -125,42 +125,25 @@ class FrozenEncoder:
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
     ) -> None:
         self.view, links = twin_of(model)
-        self._call = call or _by_name
-        if not isinstance(layers, str | Sequence | Mapping):
-            raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
-        names = [layers] if isinstance(layers, str) else list(layers)
-        if not names or not all(isinstance(layer, str) for layer in names):
-            raise bad("layer", "one module path or more, with positive weights", repr(layers))
-        given = layers if isinstance(layers, Mapping) else dict.fromkeys(names, 1.0)
-        self.weights = {name: check_number(f"layer[{name!r}]", given[name], "a positive weight") for name in given}
-        ends = {layer: _resolve(self.view, layer) for layer in self.weights}
-        taps = {layer: self.view.get_submodule(end) for layer, end in ends.items()}
-        if len(set(taps.values())) < len(names):
-            raise bad("layer", "different modules", repr(layers))
-
-        modules = list(self.view.named_modules(remove_duplicate=False))  # one under two names runs where either stands
-        known = type(self.view).__module__.startswith("diffusers.")
-        past = {name for name, _ in modules if known and all(_runs_after(name, end) for end in ends.values())}
-        runs = {module: name for name, module in modules if name not in past}
-        used = {name: module for module, name in runs.items()}
-        self._owned = own_trainable(used)
-        shared = {name: module for name, module in used.items() if name not in self._owned}
-        self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
-        self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
-        self._watch = Watch(used, shared, links)
-        self._pass = _Pass(len(ends))
-        for layer, module in taps.items():
-            module.register_forward_hook(_Tap(layer, self._pass, module), with_kwargs=True)
-        for name, module in modules:
-            if module not in runs:
-                module.register_forward_pre_hook(partial(_out_of_order, name=name, forward=self._pass))
-            if not name or any(f"{end}.".startswith(f"{name}.") for end in ends.values()):
-                vars(module).update({key: value for key, value in _WHOLE.items() if key in vars(module)})
+        self.weights, ends = _wanted(self.view, layers)
+        used, later = _split_by_order(self.view, ends)
+        self._share_or_own(used, links)
+        self._pass = _tapped(self.view, ends, later)
+        _see_samples_whole(self.view, ends)
         if checkpoint:
             _recompute_blocks(self.view)
+        self._call = call or _by_name
         self._signature = inspect.signature(type(self.view).forward)
         self._takes_text = "encoder_hidden_states" in self._signature.parameters and call is None
-        self._reads_text = any(getattr(module, "has_cross_attention", False) for _, module in modules)
+        self._reads_text = any(getattr(module, "has_cross_attention", False) for module in self.view.modules())
+
+    def _share_or_own(self, used: Mapping[str, nn.Module], links: list[Link]) -> None:
+        """Copy the weights that would change while the model trains, and watch that the others do not."""
+        self._owned = own_trainable(used)
+        shared = {name: module for name, module in used.items() if name not in self._owned}
+        self._watch = Watch(used, shared, links)
+        self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
+        self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], given: torch.dtype
@@ -279,6 +262,52 @@ class FrozenEncoder:
 @constant_to_compilers  # what a call outside of a trace saw is no reason to compile anew
 def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
     return encoder._seen
+
+
+def _wanted(view: nn.Module, layers: Layers) -> tuple[dict[str, float], dict[str, str]]:
+    """By layer, as it was asked for: its weight, and the full path of its module."""
+    if not isinstance(layers, str | Sequence | Mapping):
+        raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
+    names = [layers] if isinstance(layers, str) else list(layers)
+    if not names or not all(isinstance(layer, str) for layer in names):
+        raise bad("layer", "one module path or more, with positive weights", repr(layers))
+    given = layers if isinstance(layers, Mapping) else dict.fromkeys(names, 1.0)
+    weights = {name: check_number(f"layer[{name!r}]", given[name], "a positive weight") for name in given}
+    ends = {layer: _resolve(view, layer) for layer in weights}
+    if len({view.get_submodule(end) for end in ends.values()}) < len(names):
+        raise bad("layer", "different modules", repr(layers))
+    return weights, ends
+
+
+def _split_by_order(view: nn.Module, ends: Mapping[str, str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The modules that may run before all of ``ends`` have returned, and those that run only later.
+
+    Only of diffusers' models is the order known. A module under two names runs where either of them stands.
+    """
+    modules = list(view.named_modules(remove_duplicate=False))
+    known = type(view).__module__.startswith("diffusers.")
+    past = {name for name, _ in modules if known and all(_runs_after(name, end) for end in ends.values())}
+    runs = {module: name for name, module in modules if name not in past}
+    used = {name: module for module, name in runs.items()}
+    return used, {name: module for name, module in modules if module not in runs}
+
+
+def _tapped(view: nn.Module, ends: Mapping[str, str], later: Mapping[str, nn.Module]) -> _Pass:
+    """Put a tap on each wanted layer, and a guard on each module that should not run; the pass that they serve."""
+    forward = _Pass(len(ends))
+    for layer, end in ends.items():
+        module = view.get_submodule(end)
+        module.register_forward_hook(_Tap(layer, forward, module), with_kwargs=True)
+    for name, module in later.items():
+        module.register_forward_pre_hook(partial(_out_of_order, name=name, forward=forward))
+    return forward
+
+
+def _see_samples_whole(view: nn.Module, ends: Mapping[str, str]) -> None:
+    """Switch off, in each module around or at a wanted layer, what would call the layer with a part of a sample."""
+    for name, module in view.named_modules(remove_duplicate=False):
+        if not name or any(f"{end}.".startswith(f"{name}.") for end in ends.values()):
+            vars(module).update({key: value for key, value in _WHOLE.items() if key in vars(module)})
 
 
 def _recompute_blocks(view: nn.Module) -> None:

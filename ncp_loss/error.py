@@ -80,13 +80,9 @@ def attach(error: Tensor, prediction: Tensor, slope: Tensor) -> Tensor:
     return cast(Tensor, _Attached.apply(prediction, error, slope))
 
 
-def check_reverse_mode(prediction: object) -> None:
-    """Forward-mode derivatives would come out as 0."""
-    if (
-        isinstance(prediction, Tensor)
-        and not torch.compiler.is_compiling()
-        and unpack_dual(prediction).tangent is not None
-    ):
+def check_reverse_mode(prediction: Tensor) -> None:
+    """Refuse forward-mode derivatives, which would come out as 0."""
+    if not torch.compiler.is_compiling() and unpack_dual(prediction).tangent is not None:
         raise RuntimeError("ncp errors have reverse-mode derivatives only: model_pred must carry no tangent (jvp)")
 
 

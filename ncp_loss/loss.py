@@ -25,7 +25,7 @@ from .difference import DIFFERENCES, choose, stencil
 from .encoder import FrozenEncoder, Layers, linearized
 from .error import Errors, attach, check_reverse_mode, feature_errors
 from .objectives import REDUCTIONS, reduce_batch
-from .schedule import NoiseSchedule, Step, check_noisy, check_step
+from .schedule import NoiseSchedule, Step, check_noisy, check_step, draw_noise
 from .tensors import at_least_float32, chunks_of, joined, per_sample
 
 
@@ -179,10 +179,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call; the
                 loss is used by a second thread or a hook while a pass runs; a second derivative is asked for.
         """
-        check_reverse_mode(model_pred)
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_flag("pairs", pairs)
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
+        check_reverse_mode(model_pred)
         timesteps = expand_timesteps(timesteps, noisy_latents)
         check_generator("generator", generator)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
@@ -195,12 +195,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
         check_noisy(self.schedule, noisy_latents, timesteps)
-        z, groups = None if variance_noise is None else variance_noise.detach(), 2 if pairs else 1
-        if z is None and generator is not None and isinstance(self.step, int):
-            shape = (len(x) // groups, *x.shape[1:])
-            z = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(x.device)
-            z = torch.cat([z] * groups)
-
+        z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach()
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
         batch: dict[str, Any] = {
             "base": back.latents(x, truth, z),
@@ -216,6 +211,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         if self.chunk_size is None:
             error, ref_error, slope = evaluate(**batch)
         else:
+            groups = 2 if pairs else 1
             chunks = [evaluate(**take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
             error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
         return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)

@@ -136,9 +136,8 @@ def ncp_cpo_loss(
     tensor(0.6931)
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
     _check_loss(ncp)
-    error, _ = ncp.errors(*inputs, pairs=True, **options)
+    error, _ = ncp.errors(*inputs, pairs=True, variance_noise=variance_noise, generator=generator, **model_kwargs)
     chosen, rejected = error.chunk(2)
     loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
     return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
@@ -179,9 +178,8 @@ def ncp_sft_loss(
     tensor(0.)
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    options: dict[str, Any] = {"variance_noise": variance_noise, "generator": generator, **model_kwargs}
     _check_loss(ncp)
-    error, _ = ncp.errors(*inputs, **options)
+    error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
     loss = sft_loss(error, reduction=reduction)
     return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})
 

@@ -1,9 +1,10 @@
-"""schedule: the reverse step x_t -> x_t', which is affine in the prediction: x_t'(o) = A x_t + B o + s z."""
+"""schedule: the reverse step x_t -> x_t', which is affine in the prediction o: x_t'(o) = A x_t + B o + s z."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,11 +21,12 @@ from .checks import (
     check_timesteps,
     values_are_free,
 )
-from .tensors import constant_to_compilers, per_sample
+from .tensors import constant_to_compilers, per_sample, widest
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_PREDICTION_TYPES = ("flow", "sample")
 Step = int | Literal["uniform", "clean"]
+Tensors = tuple[Tensor, ...]
 
 
 def check_step(step: object) -> None:
@@ -32,7 +34,10 @@ def check_step(step: object) -> None:
 
 
 class ReverseStep(NamedTuple):
-    """The coefficients of ``x_t'(o) = A x_t + B o + s z`` and the timestep t' at which features are taken, all (B,)."""
+    """The coefficients of ``x_t'(o) = A x_t + B o + s z``, and the timestep t' at which features are taken.
+
+    Each is (B,), one number for each sample. o is a prediction and z the step's random noise.
+    """
 
     A: Tensor
     B: Tensor
@@ -40,21 +45,21 @@ class ReverseStep(NamedTuple):
     timesteps: Tensor
 
     def latents(self, noisy_latents: Tensor, output: Tensor, variance_noise: Tensor | None) -> Tensor:
-        """x_t'(output), in the precision of the coefficients; ``variance_noise=None`` is z = 0."""
+        """``x_t'(output)``, in the precision of the coefficients. ``variance_noise`` is z; None stands for z = 0."""
         x = per_sample(self.A, noisy_latents) * noisy_latents + per_sample(self.B, output) * output
         return x if variance_noise is None else x + per_sample(self.s, variance_noise) * variance_noise
 
     def displacement(self, output: Tensor, target: Tensor) -> Tensor:
-        """x_t'(output) - x_t'(target) = B (output - target), free of the cancellation of taking the difference."""
+        """``x_t'(output) - x_t'(target) = B (output - target)``, which loses no digits to cancellation."""
         return per_sample(self.B, output) * (output.to(self.B.dtype) - target)
 
 
 class _Settings(NamedTuple):
-    """What of a diffusers scheduler a schedule is made of, all of it on the host."""
+    """What a schedule reads of a diffusers scheduler. Comparing two readings tells whether the scheduler changed."""
 
     betas: Any
-    alphas_cumprod: Tensor | None  # where it is on the host: add_noise moves it to where the samples are
-    versions: tuple[int, int]
+    alphas_cumprod: Tensor | None  # None while it is on another device: the scheduler's add_noise moves it there
+    versions: tuple[int, int]  # of the two tensors, which count what is written into them in place
     prediction_type: str
     flows: bool
     shift: float | None
@@ -68,13 +73,15 @@ class _Settings(NamedTuple):
         versions = _version(betas), _version(product)
         prediction_type = getattr(config, "prediction_type", None)
         of_flow = isinstance(prediction_type, str) and prediction_type == "flow_prediction"
+        # UniPC, DPM++ and their like have betas too, and say by an option that they run along a flow.
         flows = getattr(config, "use_flow_sigmas", False) or of_flow
-        given = getattr(scheduler, "_shift", getattr(config, "shift", None))  # by set_shift, or at construction
+        # `set_shift` writes to `_shift`, and leaves the configuration as it was.
+        given = getattr(scheduler, "_shift", getattr(config, "shift", None))
         shift = getattr(config, "flow_shift", None) if flows else given
         if shift is not None and getattr(config, "use_dynamic_shifting", False):
-            shift = 1.0  # by the image's size, and only in sampling
+            shift = 1.0  # the shift then depends on the image's size, and is used in sampling only
         if getattr(config, "invert_sigmas", False):
-            shift = None
+            shift = None  # from_scheduler refuses it: time runs from data to noise
         flows = flows or not isinstance(betas, Tensor)
         if of_flow or prediction_type is None:
             prediction_type = "flow" if flows else "epsilon"
@@ -83,6 +90,7 @@ class _Settings(NamedTuple):
         )
 
     def differ(self, now: _Settings) -> bool:
+        """Whether the scheduler has been given other settings. A product that has moved to a device tells nothing."""
         of_betas = self.betas is not now.betas or self.versions[0] != now.versions[0]
         same_product = self.alphas_cumprod is now.alphas_cumprod and self.versions[1] == now.versions[1]
         return of_betas or self[3:] != now[3:] or not (same_product or now.alphas_cumprod is None)
@@ -92,34 +100,218 @@ def _version(tensor: object) -> int:
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
 
 
-class NoiseSchedule:
+def _betas(scheduler: Any) -> Tensor:
+    """A scheduler's betas, or those that belong to its ``alphas_cumprod`` where this is not the betas' product."""
+    betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
+    if betas.ndim == 1 and not betas.is_meta and product is not None and not getattr(product, "is_meta", False):
+        product = check_floating("schedule.alphas_cumprod", product).to("cpu", torch.float64)
+        betas = betas.to("cpu", torch.float64)
+        if product.shape != betas.shape or not product.isfinite().all():
+            must_be = f"a scheduler with {len(betas)} finite `alphas_cumprod`, one for each of its `betas`"
+            raise bad("schedule", must_be, f"{type(scheduler).__name__} with {product}")
+        if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
+            betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
+    return betas
+
+
+class Schedule(ABC):
+    """What all schedules share: alpha and sigma at a timestep, and the affine reverse step from t to an earlier t'.
+
+    A kind of schedule says what alpha and sigma are, which timestep follows which, and what the step's coefficients
+    are, all in float64.
+    """
+
+    steps: int  # T, the number of timesteps in training
+    _whole: bool  # whether timesteps are whole numbers, in [0, T), or any number in [0, T]
+    _clean_end: int  # the timestep at which alpha = 1 and sigma = 0
+    # The diffusers scheduler that the schedule was read from, and what was read of it.
+    _scheduler: Any = None
+    _read: _Settings | None = None
+
+    def __init__(self, prediction_type: str, choices: Sequence[str]) -> None:
+        check_choice("prediction_type", prediction_type, choices)
+        self._prediction_type = prediction_type
+
+    @abstractmethod
+    def _scales(self, t: Tensor) -> Tensors:
+        """alpha and sigma at ``t``."""
+
+    @abstractmethod
+    def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+        """t' for t."""
+
+    @abstractmethod
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        """A, B and s of the step from ``t`` to ``after``."""
+
+    @staticmethod
+    def from_scheduler(scheduler: Any = None) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...).
+
+        A scheduler with betas gives a :class:`NoiseSchedule` with these betas and its prediction type. A flow-matching
+        scheduler gives a :class:`FlowSchedule` with its shift. None gives Stable Diffusion's schedule: 1000 steps,
+        ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A schedule is returned as it is.
+
+        The product of ``1 - beta`` is computed in float64. A scheduler's own ``alphas_cumprod`` is float32, and B is a
+        small difference of such numbers, which would have only three or four correct digits. ``alphas_cumprod`` is
+        used only if it is not the product of the betas, as in CogVideoX.
+
+        The schedule keeps the scheduler. If the scheduler's betas, prediction type or shift change, so do its own.
+
+        Raises:
+            TypeError: the scheduler has neither betas nor a shift, or runs from data to noise.
+            ValueError: its ``alphas_cumprod`` is not finite, or its settings make no schedule.
+        """
+        if scheduler is None:
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square()
+            return NoiseSchedule(betas)
+        if isinstance(scheduler, NoiseSchedule):
+            return scheduler
+        read = _Settings.of(scheduler)
+        if read.flows and (read.shift is None or read.steps is None):
+            must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
+            raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
+        if read.flows:
+            schedule: NoiseSchedule = FlowSchedule(read.shift, read.steps, read.prediction_type)  # type: ignore[assignment, arg-type]
+        else:
+            schedule = NoiseSchedule(_betas(scheduler), read.prediction_type)
+        schedule._scheduler, schedule._read = scheduler, read
+        return schedule
+
+    def __len__(self) -> int:
+        return self.steps
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model outputs. If the schedule was read from a scheduler, this is what the scheduler says now."""
+        self._follow()
+        return self._prediction_type
+
+    def _follow(self) -> None:
+        """Read the scheduler again if its settings have changed, as training scripts change them inside their loop."""
+        if torch.compiler.is_compiling() or self._read is None:
+            return
+        if self._read.differ(_Settings.of(self._scheduler)):
+            now = NoiseSchedule.from_scheduler(self._scheduler)
+            if type(now) is not type(self):
+                raise bad("schedule", f"what it was, a {type(self).__name__}", f"changed to a {type(now).__name__}")
+            vars(self).update(vars(now))
+
+    def alpha(self, timesteps: Tensor) -> Tensor:
+        """The signal's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        return self._scales(self._checked(timesteps, self._clean_end))[0]
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """The noise's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        return self._scales(self._checked(timesteps, self._clean_end))[1]
+
+    def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
+        """The timestep t' that follows t in the reverse process, shaped like ``timesteps``.
+
+        This is ``t - step``, or the clean end if no such timestep is left; the clean end for "clean"; and a timestep
+        drawn at random for "uniform". The clean end is -1, and 0 for a flow.
+        """
+        check_step(step)
+        check_generator("generator", generator)
+        t = self._checked(timesteps, self._clean_end)
+        return self._after(t if t.is_floating_point() else t.long(), step, generator)
+
+    def reverse_step(
+        self,
+        timesteps: Tensor,
+        step: Step = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+        pairs: bool = False,
+    ) -> ReverseStep:
+        r"""The coefficients of one reverse step from t to t' (paper, eq. 2 and 12).
+
+        A prediction o gives estimates of ``x_0`` and ``eps``, which are affine in o. The step takes these to
+        ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` with
+        ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``, and A, B and s of the result are returned.
+        For ``step=k`` eta is 1, which is the DDPM posterior. For "uniform" and "clean" eta is 0, which is DDIM.
+
+        Args:
+            timesteps: t, (B,), whole numbers in [0, T) of any dtype; for a flow any numbers in [0, T].
+            step: the number of timesteps to go back, 1 or more; "uniform", to a t' drawn at random; or "clean", to x_0.
+            dtype: that of the coefficients. They are computed in float64 and then rounded.
+            generator: draws t' for "uniform".
+            pairs: whether the second half of the batch shares its drawn t' with the first.
+
+        Returns:
+            A, B and s in ``dtype``, and t', each (B,).
+
+        Raises:
+            ValueError, TypeError: an argument of the wrong type, dtype, shape or value.
+        """
+        self._follow()
+        check_step(step)
+        check_generator("generator", generator)
+        timesteps = self._given(timesteps)
+        check_flag("pairs", pairs)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+            raise bad("dtype", "a floating-point torch.dtype of 16 bits or more", repr(dtype), TypeError)
+        if timesteps.ndim != 1 or (pairs and len(timesteps) % 2):
+            must_be = "an even batch, (2B,): winners first, then their losers" if pairs else "of shape (B,)"
+            raise bad("timesteps", must_be, f"shaped {tuple(timesteps.shape)}")
+        t = timesteps.long() if self._whole else timesteps
+        if step == "uniform" and pairs:
+            after = self._after(t[: len(t) // 2], step, generator).repeat(2)
+        else:
+            after = self._after(t, step, generator)
+        A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
+        kept = timesteps.dtype if self._whole or timesteps.is_floating_point() else torch.float32
+        return ReverseStep(A, B, s, after.clamp(min=0).to(kept))
+
+    def _checked(self, timesteps: Tensor, low: int = 0) -> Tensor:
+        self._follow()
+        return check_timesteps(timesteps, len(self), self._whole, low)
+
+    def _given(self, timesteps: Tensor) -> Tensor:
+        """The timesteps of a reverse step, checked. A flow checks more of them here than elsewhere."""
+        return self._checked(timesteps)
+
+    def _warn(self, t: Tensor) -> None:
+        """Warn if one timestep's B is so large that a sample there outweighs its batch: errors grow with B^2."""
+        B = self._coefficients(t, self._after(t, 1, None), 1)[1].abs()
+        times = B.max().item() / B.median().item()
+        if times > 100:
+            warnings.warn(
+                f"{self}: at timestep {t[B.argmax()].item():g} the reverse step's B is {times:.0f} times the median. "
+                "Errors grow with B^2, so one sample there owns its batch: pass weighting='noise', which divides by "
+                "B^2, or leave such timesteps out",
+                stacklevel=4,
+            )
+
+
+class NoiseSchedule(Schedule):
     r"""A variance-preserving noise schedule: ``x_t = alpha(t) x_0 + sigma(t) eps`` (paper, eq. 1).
 
     ``alpha(t) = sqrt(prod_{i<=t} (1 - beta_i))`` and ``sigma(t) = sqrt(1 - alpha(t)^2)``, in float64.
 
     Args:
-        betas: T variances, each in (0, 1]; the last may be 1 (zero terminal SNR) unless the model predicts epsilon.
-            None so small that 1 - beta is 1 in float64.
+        betas: T variances, each in (0, 1], and large enough that 1 - beta is less than 1 in float64. The last may be 1
+            (zero terminal SNR) unless the model predicts epsilon.
         prediction_type: what the model outputs: "epsilon" (noise), "v_prediction" (velocity) or "sample" (x_0).
 
     Raises:
         ValueError, TypeError: betas out of range, an unknown prediction type, or epsilon with zero terminal SNR.
 
     Warns:
-        UserWarning: B of one timestep is over a hundred times that of most, so that a sample there owns its batch.
+        UserWarning: B of one timestep is over a hundred times the median, so that a sample there outweighs its batch.
 
     >>> schedule = NoiseSchedule.from_scheduler(None)  # Stable Diffusion's own
     >>> len(schedule), round(schedule.alpha(torch.tensor(999)).item(), 4)
     (1000, 0.0683)
     """
 
-    _whole = True  # timesteps are whole numbers, for which coefficients can stand in tables
-    _scheduler: Any = None  # that it was read from, and what was read
-    _read: _Settings | None = None
+    _whole = True
+    _clean_end = -1  # as an index, this is the tables' extra last row
 
     def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        must_be, b = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1", None
+        super().__init__(prediction_type, PREDICTION_TYPES)
+        must_be = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1"
         if isinstance(betas, Tensor):
             check_floating("betas", betas)
         try:
@@ -133,166 +325,37 @@ class NoiseSchedule:
         if prediction_type == "epsilon" and squared[-1] == 0:
             must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
             raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")
-        self._prediction_type = prediction_type
-        # The extra last row is the clean end, alpha = 1 and sigma = 0: the place of every t' < 0, index -1.
+        self.steps = len(squared)
+        # The extra last row is the clean end, alpha = 1 and sigma = 0. Every t' < 0 is clamped to its index, -1.
         self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
         self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
-        # What has been moved to a device: alpha and sigma, and the coefficients of a step.
-        self._moved: dict[Any, tuple[Tensor, ...]] = {}
+        # Tables on each device that has been used: alpha and sigma under None, and A, B and s under their step.
+        self._moved: dict[tuple[Step | None, torch.device], Tensors] = {}
         self._warn(torch.arange(len(self), device="cpu"))
-
-    @classmethod
-    def from_scheduler(cls, scheduler: Any = None) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler (DDPM, DDIM, PNDM, Euler, DPM++, ...): its betas and prediction type.
-
-        The betas are accumulated anew in float64: a scheduler's own ``alphas_cumprod`` is float32, and B, a small
-        difference of such numbers, would keep three or four digits of it. That is taken only where it is not the betas'
-        product (CogVideoX). None is Stable Diffusion's schedule: 1000 steps,
-        ``beta = linspace(sqrt(0.00085), sqrt(0.012))^2``, epsilon. A flow-matching scheduler gives a
-        :class:`FlowSchedule` with its shift.
-
-        The scheduler is kept: where its betas, prediction type or shift change later, the schedule's do.
-
-        Raises:
-            TypeError: the scheduler has neither betas nor a shift, or runs from data to noise.
-            ValueError: its ``alphas_cumprod`` is not finite, or what it holds is no schedule.
-        """
-        if scheduler is None:
-            return cls(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu").square())
-        if isinstance(scheduler, NoiseSchedule):
-            return scheduler
-        read = _Settings.of(scheduler)
-        if read.flows and (read.shift is None or read.steps is None):
-            must_be = "a NoiseSchedule, a diffusers scheduler that has `betas` or a flow's `shift`, or None"
-            raise bad("schedule", must_be, type(scheduler).__name__, TypeError)
-        if read.flows:
-            schedule: NoiseSchedule = FlowSchedule(read.shift, read.steps, read.prediction_type)  # type: ignore[arg-type]
-        else:
-            schedule = cls(_betas(scheduler), read.prediction_type)
-        schedule._scheduler, schedule._read = scheduler, read
-        return schedule
-
-    @property
-    def prediction_type(self) -> str:
-        """What the model outputs; of a scheduler, what its configuration says now."""
-        self._follow()
-        return self._prediction_type
-
-    def _follow(self) -> None:
-        """A scheduler that has been given other settings since is read again; scripts do that inside their loop."""
-        if torch.compiler.is_compiling() or self._read is None:
-            return
-        if self._read.differ(_Settings.of(self._scheduler)):
-            now = NoiseSchedule.from_scheduler(self._scheduler)
-            if type(now) is not type(self):
-                raise bad("schedule", f"what it was, a {type(self).__name__}", f"changed to a {type(now).__name__}")
-            vars(self).update(vars(now))
-
-    def _warn(self, t: Tensor) -> None:
-        """Where one sample would own its batch: its error has B^2 in it."""
-        B = self._coefficients(t, self._after(t, 1, None), 1)[1].abs()
-        times = B.max().item() / B.median().item()
-        if times > 100:
-            warnings.warn(
-                f"{self}: at timestep {t[B.argmax()].item():g} the reverse step's B is {times:.0f} times the median. "
-                "Errors grow with B^2, so one sample there owns its batch: pass weighting='noise', which divides by "
-                "B^2, or leave such timesteps out",
-                stacklevel=4,
-            )
-
-    def __len__(self) -> int:
-        return len(self._alpha) - 1
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} steps, prediction_type={self.prediction_type!r})"
 
-    def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale at ``timesteps``, any shape, float64; -1 is the clean end."""
-        return self._at(0, self._checked(timesteps))
+    def _scales(self, t: Tensor) -> Tensors:
+        # An index of 0 dimensions would be read by the host, which would have to wait for the device.
+        return tuple(table[t.long()[None]][0] for table in _scales_for_every_t(self, t.device))
 
-    def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at ``timesteps``, any shape, float64; -1 is the clean end."""
-        return self._at(1, self._checked(timesteps))
-
-    def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
-        """t' for t: ``t - step``; -1, the clean end, past the last step and for "clean"; one of T for "uniform"."""
-        check_step(step)
-        check_generator("generator", generator)
-        t = self._checked(timesteps)
-        return self._after(t if t.is_floating_point() else t.long(), step, generator)
-
-    def _checked(self, timesteps: Tensor) -> Tensor:
-        self._follow()
-        return check_timesteps(timesteps, len(self), self._whole, low=-1)
-
-    def _after(self, timesteps: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+    def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
         if step == "clean":
-            return torch.full_like(timesteps, -1)
+            return torch.full_like(t, self._clean_end)
         if step == "uniform":
-            device = timesteps.device if generator is None else generator.device
-            drawn = torch.randint(len(self), timesteps.shape, generator=generator, device=device)
-            return drawn.to(timesteps.device)
-        return (timesteps - step).clamp(min=-1)
+            device = t.device if generator is None else generator.device
+            return torch.randint(len(self), t.shape, generator=generator, device=device).to(t.device)
+        return (t - step).clamp(min=self._clean_end)
 
-    def reverse_step(
-        self,
-        timesteps: Tensor,
-        step: Step = 1,
-        *,
-        dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-        pairs: bool = False,
-    ) -> ReverseStep:
-        r"""The coefficients of one reverse step from t to t', in ``dtype``.
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        if step == "uniform":  # t' is drawn, so a table by t cannot hold the coefficients
+            return self._computed(t, after, step)
+        return tuple(table[t] for table in _coefficients_for_every_t(self, step, t.device))
 
-        With ``x_0`` and ``eps`` the affine estimates that the prediction gives,
-        ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` and
-        ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``:
-        eta = 1, the DDPM posterior, for ``step=k`` (paper, eq. 2 and 12); eta = 0, DDIM, for "uniform" and "clean".
-
-        Args:
-            timesteps: (B,) integers in [0, T), int64 or float; of a flow, any number in [0, T].
-            step: k >= 1, "uniform" or "clean".
-            dtype: of the coefficients, which are computed in float64 whatever it is.
-            generator: draws t' for "uniform".
-            pairs: the second half of the batch shares its draws of t' with the first.
-
-        Raises:
-            ValueError, TypeError: an argument of the wrong type, dtype, shape or value.
-        """
-        self._follow()
-        check_step(step)
-        check_generator("generator", generator)
-        timesteps = self._check_given(timesteps)
-        check_flag("pairs", pairs)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
-            raise bad("dtype", "a floating-point torch.dtype of 16 bits or more", repr(dtype), TypeError)
-        if timesteps.ndim != 1 or (pairs and len(timesteps) % 2):
-            must_be = "an even batch, (2B,): winners first, then their losers" if pairs else "of shape (B,)"
-            raise bad("timesteps", must_be, f"shaped {tuple(timesteps.shape)}")
-        t = timesteps.long() if self._whole else timesteps
-        if step == "uniform" and pairs:
-            after = self._after(t[: len(t) // 2], step, generator).repeat(2)
-        else:
-            after = self._after(t, step, generator)
-        if self._whole and step != "uniform":
-            A, B, s = (table[t] for table in _tables(self, step, t.device, dtype))
-        else:
-            A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
-        kept = timesteps.dtype if self._whole or timesteps.is_floating_point() else torch.float32
-        return ReverseStep(A, B, s, after.clamp(min=0).to(kept))
-
-    def _check_given(self, timesteps: Tensor) -> Tensor:
-        return check_timesteps(timesteps, len(self), self._whole)
-
-    def _at(self, which: int, t: Tensor) -> Tensor:
-        """alpha or sigma, moved to a device once; float32 on the one backend that has no float64."""
-        dtype = torch.float32 if t.device.type == "mps" else torch.float64
-        return _tables(self, None, t.device, dtype)[which][t.long()[None]][0]  # a 0-dim index alone would be read
-
-    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B and s of the step from ``t`` to ``after``, in float64."""
-        alpha, sigma, alpha_, sigma_ = (self._at(which, time) for time in (t, after) for which in (0, 1))
+    def _computed(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        """A, B and s of the step from ``t`` to ``after``, by their formulas."""
+        (alpha, sigma), (alpha_, sigma_) = self._scales(t), self._scales(after)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         posterior = isinstance(step, int)  # eta = 1
         s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt() if posterior else zero
@@ -306,68 +369,50 @@ class NoiseSchedule:
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
         return A, B, s
 
+    def _moved_once(self, key: Step | None, device: torch.device, compute: Callable[[], Tensors]) -> Tensors:
+        """The tables that ``compute`` makes on the host in float64, on ``device``. Later calls return the same ones."""
+        if (key, device) in self._moved:
+            return self._moved[key, device]
+        tables = tuple(table.to(device, widest(device)) for table in compute())
+        if all(type(table) is Tensor for table in tables):  # a tracer's tensors are of no use outside its trace
+            self._moved[key, device] = tables
+        return tables
 
-# A compiler takes the tables as constants, so that filling the cache on the first call is no reason to compile a second
-# time. It watches for another schedule by this function's argument; of a method it would not watch the owner.
+
+# A compiler takes these tables as constants. Otherwise it would compile a second time, since the first call fills the
+# cache. They come from functions and not from methods, because a compiler watches a function's arguments for another
+# schedule, and would not watch a method's owner.
+
+
 @constant_to_compilers
-def _tables(schedule: NoiseSchedule, step: Step | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A, B and s of ``step``, or alpha and sigma, for every t: from float64 on the host, once per device and dtype."""
-    key = (step, device, dtype)
-    if key in schedule._moved:
-        return schedule._moved[key]
-    tables: tuple[Tensor, ...] = (schedule._alpha, schedule._sigma)
-    if step is not None:
-        t = torch.arange(len(schedule), device="cpu")
-        tables = schedule._coefficients(t, schedule._after(t, step, None), step)
-    tables = tuple(table.to(device, dtype) for table in tables)
-    if all(type(table) is Tensor for table in tables):  # what a tracer made belongs to its trace
-        schedule._moved[key] = tables
-    return tables
+def _scales_for_every_t(schedule: NoiseSchedule, device: torch.device) -> Tensors:
+    """alpha and sigma for every t, and for the clean end."""
+    return schedule._moved_once(None, device, lambda: (schedule._alpha, schedule._sigma))
 
 
-def check_noisy(schedule: NoiseSchedule, noisy_latents: Tensor, timesteps: Tensor) -> None:
-    """Where looking is free: latents far above unit variance, at high noise, are a sampler's, not the model's.
-
-    The Euler-like schedulers' ``add_noise`` gives x_0 + (sigma / alpha) eps; the model gets that times alpha, which
-    their ``scale_model_input`` makes of it. At high noise x_0 has little part in it.
-    """
-    if not values_are_free(noisy_latents) or not values_are_free(timesteps):
-        return
-    high = schedule.alpha(timesteps).square() < 0.05
-    power = noisy_latents.detach().double().square().flatten(1).mean(1) * high
-    if (power > 4).any():
-        must_be = "as the model gets them, alpha x_0 + sigma noise (an Euler-like scheduler's scale_model_input makes"
-        was = f"of mean square {power.max().item():.3g} at timestep {timesteps[power.argmax()].item():g}"
-        raise bad("noisy_latents", f"{must_be} its add_noise that), near 1 at high noise", was)
+@constant_to_compilers
+def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch.device) -> Tensors:
+    """A, B and s of ``step`` for every t."""
+    t = torch.arange(len(schedule), device="cpu")
+    return schedule._moved_once(step, device, lambda: schedule._computed(t, schedule._after(t, step, None), step))
 
 
-def _betas(scheduler: Any) -> Tensor:
-    """A scheduler's betas; those of its ``alphas_cumprod`` where that is not their product."""
-    betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
-    if betas.ndim == 1 and not betas.is_meta and product is not None and not getattr(product, "is_meta", False):
-        product = check_floating("schedule.alphas_cumprod", product).to("cpu", torch.float64)
-        betas = betas.to("cpu", torch.float64)
-        if product.shape != betas.shape or not product.isfinite().all():
-            must_be = f"a scheduler with {len(betas)} finite `alphas_cumprod`, one for each of its `betas`"
-            raise bad("schedule", must_be, f"{type(scheduler).__name__} with {product}")
-        if (torch.cumprod(1 - betas, 0) - product).abs().max() > 1e-5:
-            betas = 1 - product / torch.cat([product.new_ones(1), product[:-1]])
-    return betas
+@NoiseSchedule.register  # whatever takes a NoiseSchedule takes a flow too, so isinstance says that it is one
+class FlowSchedule(Schedule):
+    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``.
 
+    A timestep is ``sigma * steps``, any number in [0, steps], as in trainers of SD 3 and Flux. Steps are counted on a
+    grid that is uniform in u, where ``sigma = shift u / (1 + (shift - 1) u)``, and ``step=k`` goes from u to
+    ``u - k / steps``. A timestep may lie between the grid's points.
 
-class FlowSchedule(NoiseSchedule):
-    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``; the model predicts ``eps - x_0``, "flow".
-
-    A timestep is ``sigma * steps``, a float in (0, steps], on the grid or between its points, as trainers of SD 3, Flux
-    and their kin hold it. The grid is uniform in u, ``sigma = shift u / (1 + (shift - 1) u)``; step=k goes from u to
-    ``u - k / steps``: ``x_t' = x_t + (sigma' - sigma) o``, the Euler step, with nothing random in it (eta = 0). Where
-    the prediction is x_0, as with trainers' ``precondition_outputs``, this is
-    ``x_t' = (sigma'/sigma) x_t + (1 - sigma'/sigma) o``.
+    A model that predicts "flow", ``eps - x_0``, takes the Euler step ``x_t' = x_t + (sigma' - sigma) o``. A model that
+    predicts "sample", x_0, as with trainers' ``precondition_outputs``, takes the same step in the form
+    ``x_t' = (sigma'/sigma) x_t + (1 - sigma'/sigma) o``. Neither has a random part: s is 0.
 
     Args:
-        shift: of the sigmas, as in FlowMatchEulerDiscreteScheduler; 1 where shifting is dynamic.
+        shift: the shift of the sigmas, as in FlowMatchEulerDiscreteScheduler; 1 if shifting is dynamic.
         steps: T, the scale of the timesteps.
-        prediction_type: what the model outputs: "flow" or "sample" (x_0).
+        prediction_type: what the model outputs, "flow" or "sample" (x_0).
 
     Raises:
         ValueError, TypeError: a shift that is not a positive number, steps that are not a positive whole one, an
@@ -379,28 +424,22 @@ class FlowSchedule(NoiseSchedule):
     """
 
     _whole = False
-    _scale_seen = False  # a timestep above 1
+    _clean_end = 0
+    _scale_seen = False  # a timestep above 1 has been given
 
     def __init__(self, shift: float = 1.0, steps: int = 1000, prediction_type: str = "flow") -> None:
-        check_choice("prediction_type", prediction_type, FLOW_PREDICTION_TYPES)
-        self._prediction_type, self.shift = prediction_type, check_number("shift", shift)
+        super().__init__(prediction_type, FLOW_PREDICTION_TYPES)
+        self.shift = check_number("shift", shift)
         self.steps = int(check_number("steps", steps, "a positive whole number", lambda n: n >= 1 and n == int(n)))
         u = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
         self._warn(self._timesteps(u))
-
-    def __len__(self) -> int:
-        return self.steps
 
     def __repr__(self) -> str:
         kind = "" if self._prediction_type == "flow" else f", prediction_type={self._prediction_type!r}"
         return f"FlowSchedule(shift={self.shift}, steps={self.steps}{kind})"
 
-    def _checked(self, timesteps: Tensor) -> Tensor:
-        self._follow()
-        return check_timesteps(timesteps, len(self), self._whole)
-
-    def _check_given(self, timesteps: Tensor) -> Tensor:
-        """Sigmas given for timesteps are told until the first timestep above 1; a true one below is rare."""
+    def _given(self, timesteps: Tensor) -> Tensor:
+        """Refuse sigmas that are given as timesteps. Timesteps are rarely below 1, so one above 1 ends the search."""
         t = self._checked(timesteps)
         if self.steps > 1 and not self._scale_seen and values_are_free(t):
             self._scale_seen = bool((t > 1).any())
@@ -409,17 +448,15 @@ class FlowSchedule(NoiseSchedule):
                 raise bad("timesteps", f"sigma * {self.steps}, in [0, {self.steps}]", was)
         return t
 
-    def _at(self, which: int, t: Tensor) -> Tensor:
-        """1 - sigma or sigma, the scales of the signal and the noise."""
-        sigma = t.to(torch.float32 if t.device.type == "mps" else torch.float64) / self.steps
-        return sigma if which else 1 - sigma
+    def _scales(self, t: Tensor) -> Tensors:
+        sigma = t.to(widest(t.device)) / self.steps
+        return 1 - sigma, sigma
 
     def _timesteps(self, u: Tensor) -> Tensor:
         return self.steps * self.shift * u / (1 + (self.shift - 1) * u)
 
-    def _after(self, timesteps: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
-        """t' for t: ``step`` grid points below; 0, the clean end, past the last and at "clean"; drawn for "uniform"."""
-        sigma = self._at(1, timesteps)
+    def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
+        _, sigma = self._scales(t)
         if step == "clean":
             return torch.zeros_like(sigma)
         if step == "uniform":
@@ -429,11 +466,40 @@ class FlowSchedule(NoiseSchedule):
             u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
         return self._timesteps(u)
 
-    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """A = 1, ``B = sigma' - sigma``, s = 0; of a model that predicts x_0, ``sigma'/sigma`` and 1 less that."""
-        sigma, sigma_ = self._at(1, t), self._at(1, after)
+    def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
+        (_, sigma), (_, sigma_) = self._scales(t), self._scales(after)
         zero = torch.zeros_like(sigma)
         if self._prediction_type == "flow":
             return torch.ones_like(sigma), sigma_ - sigma, zero
-        A = torch.where(sigma > 0, sigma_ / sigma, zero)  # the clean end is x_0
+        A = torch.where(sigma > 0, sigma_ / sigma, zero)  # at sigma = 0 the formula is 0/0, and the step ends at x_0
         return A, torch.where(sigma > 0, (sigma - sigma_) / sigma, torch.ones_like(sigma)), zero
+
+
+def draw_noise(step: Step, latents: Tensor, generator: torch.Generator | None, pairs: bool) -> Tensor | None:
+    """z of the reverse step, shaped like the latents. Both members of a pair get the same. None stands for z = 0.
+
+    Nothing is drawn without a generator, or for "uniform" and "clean", in whose step s is 0 and z has no part.
+    """
+    if generator is None or not isinstance(step, int):
+        return None
+    groups = 2 if pairs else 1
+    shape = (len(latents) // groups, *latents.shape[1:])
+    z = torch.randn(shape, generator=generator, device=generator.device, dtype=latents.dtype).to(latents.device)
+    return torch.cat([z] * groups)
+
+
+def check_noisy(schedule: Schedule, noisy_latents: Tensor, timesteps: Tensor) -> None:
+    """Refuse latents at high noise whose variance is far above 1: a sampler has scaled them as no model takes them.
+
+    The Euler-like schedulers' ``add_noise`` makes ``x_0 + (sigma / alpha) eps``. Their ``scale_model_input`` multiplies
+    it by alpha, which makes the model's input. At high noise x_0 has little part in it, so its variance is near 1.
+    Values are read only where this costs no synchronisation.
+    """
+    if not values_are_free(noisy_latents) or not values_are_free(timesteps):
+        return
+    high = schedule.alpha(timesteps).square() < 0.05
+    power = noisy_latents.detach().double().square().flatten(1).mean(1) * high
+    if (power > 4).any():
+        must_be = "as the model gets them, alpha x_0 + sigma noise (an Euler-like scheduler's scale_model_input makes"
+        was = f"of mean square {power.max().item():.3g} at timestep {timesteps[power.argmax()].item():g}"
+        raise bad("noisy_latents", f"{must_be} its add_noise that), near 1 at high noise", was)

@@ -28,6 +28,11 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on the one kind of device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def constant_to_compilers(function: F) -> F:
     """Have ``torch.compile`` call ``function`` while it traces, and take the result as a constant.
 

@@ -20,12 +20,13 @@ CLASSES = [name for name in ncp_loss.__all__ if inspect.isclass(getattr(ncp_loss
 
 
 def surface() -> Iterator[str]:
-    """A line for each public name and each public method of its own, with the arguments' names, kinds and defaults."""
+    """A line for each public name and each public method of this library, with arguments' names, kinds and defaults."""
     for name in ncp_loss.__all__:
         thing = getattr(ncp_loss, name)
         yield f"{name}{arguments(thing)}"
         if inspect.isclass(thing):
-            for method, value in sorted(vars(thing).items()):
+            own = [vars(base) for base in reversed(thing.__mro__) if base.__module__.startswith("ncp_loss.")]
+            for method, value in sorted({name: value for members in own for name, value in members.items()}.items()):
                 value = getattr(value, "__func__", value)
                 if not method.startswith("_") and inspect.isfunction(value):
                     yield f"    {name}.{method}{arguments(value)}"

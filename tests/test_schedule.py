@@ -19,12 +19,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from users import batch, small
 
 from ncp_loss import FlowSchedule, NoiseSchedule
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss.checks import check_generator, check_latents, check_number, check_pairs
 from ncp_loss.schedule import check_noisy
+from ncp_loss.tensors import widest
 
 BETAS = oracle.scaled_linear_betas()
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -167,14 +169,43 @@ def moved(step: Callable[[], Any]) -> int:
     return mode.count
 
 
-def test_the_tables_are_moved_once_per_device_and_dtype():
+def test_the_tables_are_moved_once_to_a_device_whatever_the_dtype_of_the_step():
     schedule = NoiseSchedule(BETAS)
     t = torch.zeros(2, dtype=torch.int64, device="meta")
     assert moved(lambda: schedule.reverse_step(t)) == 3  # A, B and s
     assert moved(lambda: schedule.reverse_step(t)) == 0
     assert moved(lambda: schedule.alpha(t)) == 2  # alpha and sigma, in float64
     assert moved(lambda: schedule.sigma(t)) == 0
-    assert moved(lambda: schedule.reverse_step(t, dtype=torch.float64)) == 3
+    assert moved(lambda: schedule.reverse_step(t, dtype=torch.bfloat16)) == 0
+    assert moved(lambda: schedule.reverse_step(t, "clean")) == 3
+
+
+class Wide(TorchDispatchMode):
+    """What was put in float64 on the device that stands for one without float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.found += [func for x in tensors if x.device.type == "meta" and x.dtype == torch.float64]
+        return out
+
+
+@pytest.mark.parametrize("make", [lambda: NoiseSchedule(BETAS), lambda: FlowSchedule(3.0)], ids=["noise", "flow"])
+@pytest.mark.parametrize("step", [1, "clean", "uniform"])
+def test_a_device_without_float64_is_given_none(monkeypatch: pytest.MonkeyPatch, make: Any, step: Any) -> None:
+    assert widest(torch.device("mps")) == torch.float32
+    assert widest(torch.device("cpu")) == torch.float64
+    as_if = {"meta": torch.device("mps")}
+    monkeypatch.setattr("ncp_loss.schedule.widest", lambda device: widest(as_if.get(device.type, device)))
+    schedule, t = make(), torch.empty(2, dtype=torch.int64, device="meta")
+    with Wide() as mode:
+        values = [*schedule.reverse_step(t, step), schedule.alpha(t), schedule.sigma(t)]
+    assert {x.device.type for x in values} == {"meta"}
+    assert not mode.found
 
 
 @pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
@@ -302,6 +333,13 @@ def test_flow_schedulers_are_told_by_either_of_their_marks_and_without_the_optio
     assert (of(x_0).prediction_type, of(x_0).shift) == ("sample", 3.0)
     with pytest.raises(ValueError, match=r"^prediction_type must be one of 'flow', 'sample'; it was 'epsilon'"):
         of(diffusers.UniPCMultistepScheduler(use_flow_sigmas=True))
+
+
+def test_a_flow_is_taken_wherever_a_noise_schedule_is() -> None:
+    assert isinstance(FlowSchedule(), NoiseSchedule)
+    assert issubclass(FlowSchedule, NoiseSchedule)
+    for schedule in (FLOW, NOISE):
+        assert NoiseSchedule.from_scheduler(schedule) is FlowSchedule.from_scheduler(schedule) is schedule
 
 
 def test_a_product_of_alphas_that_is_not_the_betas_is_taken_though_it_is_float32() -> None:
