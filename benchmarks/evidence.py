@@ -29,6 +29,8 @@ TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
 COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True))
+MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
+KEPT_DIVERSITY = 0.6  # of the base model's
 Record = dict[str, Any]
 Key = tuple[str, str, int, float, float]  # phase, arm, seed, learning rate, kappa
 
@@ -168,7 +170,7 @@ class Study:
         report.write_csv(self.args.out / f"{self.name}.csv", rows)
         draw(self.args.out / f"{self.name}.png", runs, self.args.testbed)
         self.sheet(self.args.out / f"{self.name}-samples.png")
-        shown = [f"{name}{end}" for name in ("undamaged reward", "mean reward") for end in ("", " ±")]
+        shown = [f"{name}{end}" for name in MEASURES for end in ("", " ±")]
         found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(runs)]
         report.print_table(f"On {self.args.testbed}, fresh seeds", found, dict.fromkeys(shown, ".3f"))
 
@@ -197,11 +199,12 @@ def summary(runs: list[Record]) -> list[Record]:
     limit = min((run["points"][-1]["step"] * run["FLOPs a step"] for run in compared), default=0)
     by_arm: dict[str, dict[int, tuple[float, ...]]] = {}
     for record in compared:
-        by_arm.setdefault(record["arm"], {})[record["seed"]] = *score(record), at_equal_cost(record, limit)
+        scores = *score(record), at_equal_cost(record, limit), at_kept_diversity(record)
+        by_arm.setdefault(record["arm"], {})[record["seed"]] = scores
     rows = []
     for arm, found in by_arm.items():
         row: Record = {"arm": arm, "seeds": len(found)}
-        for index, name in enumerate(("undamaged reward", "mean reward", "reward at equal FLOPs")):
+        for index, name in enumerate(MEASURES):
             row |= report.interval(name, [scores[index] for scores in found.values()])
             for other in (arm.name for arm in MAIN[:3]):
                 theirs = by_arm.get(other, {})
@@ -218,6 +221,17 @@ def at_equal_cost(record: Record, limit: float) -> float:
     costs = [point["step"] * record["FLOPs a step"] for point in record["points"]]
     places = np.linspace(0, limit, 1001)
     return float(np.interp(places, costs, [point["reward"] for point in record["points"]]).mean())
+
+
+def at_kept_diversity(record: Record) -> float:
+    """The reward where diversity first falls to 60% of the base model's, or the last one. Straight between points."""
+    points = record["points"]
+    least = KEPT_DIVERSITY * points[0]["diversity"]
+    for before, after in itertools.pairwise(points):
+        if after["diversity"] < least:
+            share = (before["diversity"] - least) / (before["diversity"] - after["diversity"])
+            return float(before["reward"] + share * (after["reward"] - before["reward"]))
+    return float(points[-1]["reward"] if record["finite"] else points[0]["reward"])
 
 
 def draw(path: Path, runs: list[Record], testbed: str) -> None:

@@ -225,7 +225,8 @@ def test_equal_rewards_are_ordered_by_the_mean_over_the_points():
 
 def test_differences_are_taken_seed_by_seed():
     def record(arm, seed, reward):
-        points = [{"step": 0, "reward": 0.5, "match": 0.9}, {"step": 10, "reward": reward, "match": 0.9}]
+        alike = {"match": 0.9, "diversity": 1.0}
+        points = [{"step": 0, "reward": 0.5, **alike}, {"step": 10, "reward": reward, **alike}]
         run = {"phase": "comparison", "arm": arm, "seed": seed, "points": points, "finite": True}
         return run | {"FLOPs a step": 3 if arm == "other" else 2}
 
@@ -244,6 +245,13 @@ def test_rewards_are_read_at_equal_cost_up_to_where_the_cheapest_arm_ends():
     dear = cheap | {"FLOPs a step": 3}  # two thirds of its steps for the same cost
     assert evidence.at_equal_cost(dear, 20) == pytest.approx((0.5 + (0.5 + 0.3 * 2 / 3)) / 2)
     assert evidence.at_equal_cost(cheap | {"finite": False}, 20) == 0.5
+
+
+def test_a_reward_at_kept_diversity_is_that_where_diversity_first_falls_to_six_tenths():
+    points = [{"reward": 0.5, "diversity": 1.0}, {"reward": 0.7, "diversity": 0.8}, {"reward": 0.9, "diversity": 0.4}]
+    assert evidence.at_kept_diversity({"points": points, "finite": True}) == pytest.approx(0.8)
+    assert evidence.at_kept_diversity({"points": points[:2], "finite": True}) == 0.7  # it never falls so far
+    assert evidence.at_kept_diversity({"points": points[:2], "finite": False}) == 0.5
 
 
 def test_decided_pairs_leave_ties_out_and_winners_lost_to_no_other():
