@@ -118,6 +118,15 @@ def test_a_model_that_is_all_but_right_keeps_the_digits_of_its_difference(kind) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_displacement_that_is_nowhere_positive_is_one_too(kind) -> None:
+    base, d, r = moves(1.0, 1.0, 0.0)
+    d, r = -d.abs() - 3 * r.abs(), -r.abs()
+    points = stencil(base, d, r, d - r, Estimator(kind, 0.02, 0.02))
+    torch.testing.assert_close(combined(points.model, points.latents), d, rtol=1e-9, atol=0)
+    torch.testing.assert_close(combined(points.gap, points.latents), d - r, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_taken_at_the_first_point_or_at_the_definitions(kind) -> None:
     base, d, _ = moves(1e-3, 1.0, 0.0)
     for at_point in (True, False):
@@ -146,6 +155,26 @@ def test_differences_are_taken_by_the_dtype_that_is_computed_in() -> None:
     assert choose("scaled", torch.bfloat16, cpu) == Estimator("scaled", 0.045, 0.06)
     assert choose("central", torch.float64, cpu) == Estimator("central", 0.0005, 0.0005)
     assert all(choose("literal", dtype, cpu).kind == "literal" for dtype in (torch.bfloat16, torch.float32))
+    assert choose("auto", torch.float64, torch.device("cuda")).kind == "literal"
+
+
+@pytest.mark.parametrize("everywhere", ["none", "ieee"])
+def test_differences_are_central_where_a_gpu_rounds_matrix_products_to_tf32(everywhere: str) -> None:
+    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolution.fp32_precision, product.fp32_precision, torch.backends.fp32_precision
+    try:
+        for precision, kind in (
+            (("tf32", "ieee"), "central"),
+            (("ieee", "ieee"), "scaled"),
+            (("ieee", "tf32"), "central"),
+        ):
+            torch.backends.fp32_precision = everywhere
+            convolution.fp32_precision, product.fp32_precision = precision
+            assert choose("auto", torch.float32, torch.device("cuda")).kind == kind
+            assert choose("auto", torch.float32, torch.device("cpu")).kind == "scaled"
+    finally:
+        torch.backends.fp32_precision = before[2]
+        convolution.fp32_precision, product.fp32_precision = before[:2]
 
 
 # The error.
