@@ -233,7 +233,7 @@ def test_a_schedule_is_read_from_a_scheduler_that_has_noised_samples_without_val
 @pytest.mark.parametrize("step", [1, "clean", "uniform"])
 def test_a_schedule_lives_on_the_host_whatever_the_default_device(step):
     with torch.device("meta"):
-        schedules = [NoiseSchedule(BETAS), NoiseSchedule.from_scheduler(None)]
+        schedules = [NoiseSchedule(BETAS), NoiseSchedule.from_scheduler(None), FlowSchedule(3.0)]
         steps = [schedule.reverse_step(torch.tensor([1, 500], device="cpu"), step) for schedule in schedules]
     assert all(x.device.type == "cpu" for back in steps for x in back)
 
@@ -351,7 +351,7 @@ def test_a_product_of_alphas_that_is_not_the_betas_is_taken_though_it_is_float32
     )
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
     squared = NoiseSchedule.from_scheduler(scheduler).alpha(torch.arange(1000)).square()
-    torch.testing.assert_close(squared, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared, scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
 
 
 # Flows of models that predict x_0.
@@ -480,6 +480,12 @@ def test_a_batch_of_pairs_is_one_dimensional_and_even(t: torch.Tensor) -> None:
     if t.ndim != 1:
         with pytest.raises(ValueError, match=r"^timesteps must be of shape \(B,\); it was shaped \("):
             NOISE.reverse_step(t)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_a_flow_is_not_shifted_by_nothing_or_less(shift: float) -> None:
+    with pytest.raises(ValueError, match=rf"^shift must be a positive number; it was {shift}$"):
+        FlowSchedule(shift)
 
 
 def test_betas_so_small_that_they_do_nothing_are_refused() -> None:
