@@ -144,7 +144,6 @@ class FrozenEncoder:
         shared = {name: module for name, module in used.items() if name not in self._owned}
         self._watch = Watch(used, shared, links)
         self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
-        self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], given: torch.dtype
@@ -255,11 +254,6 @@ class FrozenEncoder:
         for weight, hint in ((self._copied, ": move its copies with ncp.to(device)"), (self._shared, "")):
             if weight is not None and weight.device != latents.device:
                 raise bad("noisy_latents", f"on the encoder's device, {weight.device}{hint}", f"on {latents.device}")
-        copied, shared = self._copied, self._shared
-        if copied is not None and shared is not None and (copied.dtype == shared.dtype) != self._of_one_dtype:
-            hint = "convert these with ncp.to(dtype)"
-            must_be = f"in the dtype of the loss's copies of its trainable weights, {copied.dtype}: {hint}"
-            raise bad("unet", must_be, shared.dtype)
 
 
 @constant_to_compilers  # a compiler would watch the attribute, and compile again when an eager call changes it
