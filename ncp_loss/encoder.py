@@ -125,6 +125,7 @@ class FrozenEncoder:
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
     ) -> None:
+        # A second tree of modules over the user's weights. From here on only this tree is given hooks and flags.
         self.view, links = twin_of(model)
         self.weights, ends = _wanted(self.view, layers)
         used, later = _split_by_order(self.view, ends)
@@ -152,7 +153,7 @@ class FrozenEncoder:
 
         ``given`` is the dtype in which the trainer holds the latents. Here alone they are cast to the model's dtype.
         """
-        dtype = None if _autocast_dtype(latents.device) else self.dtype
+        dtype = None if _autocast_dtype(latents.device) else self.dtype  # autocast casts what it needs itself
         conditioning = {k: _prepared(v, dtype, given, k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
@@ -166,10 +167,12 @@ class FrozenEncoder:
         finally:
             self._pass.kept = None
             self._pass.free.append(None)
+        # The forward may have ended without the exception, by its own end.
         if missing := self.weights.keys() - kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
         features = {layer: _one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
+            # With several dtypes the coarsest counts, since its rounding is the largest.
             self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
         return features
 
@@ -180,6 +183,7 @@ class FrozenEncoder:
         """
         if self._reached or torch.compiler.is_compiling():
             return encode(latents)
+        # What autograd would save for a backward pass is replaced by 0. No backward pass unpacks it.
         with torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents):
             graph, _ = linearized(encode, latents)
         self._reached = True
@@ -204,7 +208,7 @@ class FrozenEncoder:
 
     def conditioned(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The model's keyword arguments, checked: bad ones are refused here, before the model would fail on them."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a compiler could not trace these checks of the user's own modules
             self._watch.check()
             self._check_own(latents)
         given = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
@@ -227,6 +231,7 @@ class FrozenEncoder:
     def _check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
         config: Any = getattr(self.view, "config", None)
         if text is not None:
+            # The width is known where the text goes straight into cross-attention, with no projection before it.
             width = getattr(config, "cross_attention_dim", None)
             known = self._reads_text and isinstance(width, int) and getattr(config, "encoder_hid_dim", None) is None
             check_floating("encoder_hidden_states", text)
@@ -240,6 +245,7 @@ class FrozenEncoder:
                 raise bad("added_cond_kwargs", "a dict with text_embeds and time_ids, as for SDXL", was)
             names = {key: f"added_cond_kwargs[{key!r}]" for key in ("time_ids", "text_embeds")}
             ids = check_rows(names["time_ids"], check_numbers(names["time_ids"], added["time_ids"]), latents)
+            # SDXL projects the pooled text together with embeddings of the time ids, whose width is known.
             width = config.projection_class_embeddings_input_dim - config.addition_time_embed_dim * ids[0].numel()
             text_embeds = check_floating(names["text_embeds"], added["text_embeds"])
             check_rows(names["text_embeds"], text_embeds, latents, width)
@@ -283,6 +289,7 @@ def _split_by_order(view: nn.Module, ends: Mapping[str, str]) -> tuple[dict[str,
     """
     modules = list(view.named_modules(remove_duplicate=False))
     known = type(view).__module__.startswith("diffusers.")
+    # A name is past if it runs after every wanted layer. A module runs if one of its names is not past.
     past = {name for name, _ in modules if known and all(_runs_after(name, end) for end in ends.values())}
     runs = {module: name for name, module in modules if name not in past}
     used = {name: module for module, name in runs.items()}

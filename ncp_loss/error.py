@@ -65,7 +65,7 @@ def feature_errors(
         total = total + relative * sums
         slopes[layer] = relative * (2 / at[0][0].numel())  # the derivative of error by w is this times w
         sizes.append(slopes[layer] * sums[0].sqrt())
-    size = torch.stack(sizes).amax(0)
+    size = torch.stack(sizes).amax(0)  # the rms of the derivative by w, in the layer where it is largest
 
     def cotangents() -> Features:
         of_order_one = points.model * _inverse(size)

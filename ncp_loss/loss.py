@@ -188,6 +188,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             RuntimeError: weights shared with ``unet`` have changed or become trainable since the first call; a second
                 thread or a hook uses the loss while a pass runs; or a second derivative is asked for.
         """
+        # Each check relies on those before it.
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_flag("pairs", pairs)
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
@@ -196,6 +197,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         check_generator("generator", generator)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:
+            # Of the targets only noise is the same for both members. A velocity or x_0 depends on the image.
             noise = target if self.schedule.prediction_type == "epsilon" else None
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
 
@@ -203,9 +205,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         dtype = at_least_float32(noisy_latents, model_pred)
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
-        check_noisy(self.schedule, noisy_latents, timesteps)
+        check_noisy(self.schedule, noisy_latents, timesteps)  # reverse_step has checked the timesteps
         z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach()
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
+        # All that has the batch first, so that it can be split. The gap is computed from the predictions, since the
+        # difference of the two displacements would lose digits.
         batch: dict[str, Any] = {
             "base": back.latents(x, truth, z),
             "displacement": back.displacement(prediction, truth),
@@ -218,23 +222,25 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         trains = torch.is_grad_enabled() and model_pred.requires_grad
         evaluate = partial(self._evaluate, trains=trains, given=noisy_latents.dtype)
         if self.chunk_size is None:
-            error, ref_error, slope = evaluate(**batch)
+            error, ref_error, slope = evaluate(batch)
         else:
             groups = 2 if pairs else 1
-            chunks = [evaluate(**take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
+            chunks = [evaluate(take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
             error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
         return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)
 
     @torch.no_grad()
     def _evaluate(
-        self, *, trains: bool, given: torch.dtype, timesteps: Tensor, model_kwargs: Mapping[str, Any], **moves: Any
+        self, batch: Mapping[str, Any], *, trains: bool, given: torch.dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``error``, ``ref_error`` and, if it is wanted, the derivative of ``error`` by the prediction."""
-        encode = partial(self._encoder, timesteps=timesteps, conditioning=model_kwargs, given=given)
-        base, B = moves["base"], moves["B"]
+        """``error``, ``ref_error`` and, if it is wanted, the derivative of ``error`` by the prediction.
+
+        ``batch`` has the entries that :meth:`errors` puts there, in the same order, for all samples or for some.
+        """
+        base, d, reference, gap, B, timesteps, conditioning = batch.values()
+        encode = partial(self._encoder, timesteps=timesteps, conditioning=conditioning, given=given)
         dtype = self._encoder.compute_dtype(base.device)
-        estimator = choose(self.difference, dtype, base.device)
-        points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
+        points = stencil(base, d, reference, gap, choose(self.difference, dtype, base.device))
         # The evaluation with a graph comes last, so that its activations are not in memory during the others.
         at_point = trains and points.graph is points.latents[0]
         first, *others = points.latents
@@ -245,10 +251,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             features = [graph, *features] if at_point else features
         # The features may show another dtype than the weights. Then the estimator was the wrong one: start again.
         if self._encoder.compute_dtype(base.device) != dtype:
-            return self._evaluate(trains=trains, given=given, timesteps=timesteps, model_kwargs=model_kwargs, **moves)
+            return self._evaluate(batch, trains=trains, given=given)
         options = self.normalize, B if self.weighting == "noise" else None, self.impl
         errors, cotangents, size = feature_errors(features, points, self._encoder.weights, *options)
         slope = pull_back(cotangents()) if trains else None
+        # By the chain rule: the prediction moves the latents by B, and the cotangents lack the factor `size`.
         return *errors, slope if slope is None else per_sample(size * B, slope) * slope
 
     def features(

@@ -263,6 +263,7 @@ def _odds(y: Tensor) -> Tensor:
     small = y.abs() < 0.1
     # The branch that is not taken is evaluated too, at a place where its derivative is finite: 0 * inf would be NaN.
     near, far = y.where(small, 0.0), y.where(~small, 1.0)
+    # The first terms of the Taylor series, whose coefficients are Bernoulli numbers over factorials.
     series = near * (near * (1 / 12 - near.square() * (1 / 720 - near.square() / 30240)) - 0.5)
     return series.where(small, -far * (-far).exp() / (-far).expm1() - 1)
 
@@ -310,6 +311,7 @@ def kto_loss(
     desirable_weight = _check_weight("desirable_weight", desirable_weight)
     undesirable_weight = _check_weight("undesirable_weight", undesirable_weight)
     gain = ref_error.to(at_least_float32(ref_error)) - error
+    # As published, the reference point takes no part in the gradient and is never below 0.
     kl = gain.mean() if kl is None else _check_kl(kl, gain)
     advantage = beta * (gain - kl.detach().clamp(min=0))
     liked, disliked = desirable_weight * (-advantage).sigmoid(), undesirable_weight * advantage.sigmoid()

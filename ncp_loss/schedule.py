@@ -255,7 +255,7 @@ class Schedule(ABC):
         if timesteps.ndim != 1 or (pairs and len(timesteps) % 2):
             must_be = "an even batch, (2B,): winners first, then their losers" if pairs else "of shape (B,)"
             raise bad("timesteps", must_be, f"shaped {tuple(timesteps.shape)}")
-        t = timesteps.long() if self._whole else timesteps
+        t = timesteps.long() if self._whole else timesteps  # an index, and no small integer, which would overflow
         if step == "uniform" and pairs:
             after = self._after(t[: len(t) // 2], step, generator).repeat(2)
         else:
@@ -357,7 +357,7 @@ class NoiseSchedule(Schedule):
         """A, B and s of the step from ``t`` to ``after``, by their formulas."""
         (alpha, sigma), (alpha_, sigma_) = self._scales(t), self._scales(after)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-        posterior = isinstance(step, int)  # eta = 1
+        posterior = isinstance(step, int)  # eta = 1: s is the posterior's standard deviation
         s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt() if posterior else zero
         noise = (sigma_.square() - s.square()).clamp(min=0).sqrt()
         # The estimates of x_0 and eps, each as (factor of x_t, factor of the prediction).
@@ -463,6 +463,7 @@ class FlowSchedule(Schedule):
             device = sigma.device if generator is None else generator.device
             u = torch.rand(sigma.shape, generator=generator, device=device, dtype=torch.float32).to(sigma)
         else:
+            # The inverse of the shift gives u of sigma. One step back is 1/T less.
             u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
         return self._timesteps(u)
 

@@ -86,6 +86,7 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
     owned = {}
     for name, module in modules.items():
+        # torch's spectral norm is a parametrization, _SpectralNorm, which torch does not export.
         changes = any(p.requires_grad or is_sharded(p) for p in module._parameters.values() if p is not None)
         if changes or (module._buffers and (isinstance(module, _NormBase) or type(module).__name__ == "_SpectralNorm")):
             for home in ("_parameters", "_buffers"):
@@ -139,6 +140,7 @@ def _twin(
     state = {key: vars(module)[key] for key in kept}
     # The twin shares the dictionaries of tensors, not only the tensors. So what model.to(...) puts there, it has too.
     tensors = {key: state[key] for key in ("_parameters", "_buffers", "_non_persistent_buffers_set")}
+    # vars(nn.Module()) has new, empty dictionaries for hooks and children.
     state |= vars(nn.Module()) | tensors | {"training": False}
     if "gradient_checkpointing" in state:
         state["gradient_checkpointing"] = False

@@ -87,6 +87,7 @@ class Watch:
         for path, merged in self._merges:
             if merged:
                 raise _merged(path, self.name)
+        # Adapters come and go around a layer. A place that holds other layers than before has its weights compared.
         for i, link in enumerate(self._links):
             layer = link.modules.get(link.key)
             layers = () if layer is None else layers_inside(layer, link.path, self.name)
@@ -135,6 +136,7 @@ class Watch:
         assert now is not None
         if is_sharded(now):
             raise self._moved(weight, "was sharded over processes")
+        # Nothing was kept before the first call. In a copy the state is lost, but the sums are not.
         first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
         weight.coarsest = max(weight.coarsest, torch.finfo(now.dtype).eps / 2 if now.is_floating_point() else 0, 1e-6)
         if not first and not _same(weight, now):
@@ -242,6 +244,7 @@ def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
 
 def check_base(module: nn.Module, path: str, name: str) -> None:
     """Refuse a layer that is not the base model's once adapters, hooks and overrides are left out."""
+    # Several things may be wrong. The last found is told.
     own, weight, wrong = vars(module), module._parameters.get("weight"), ""
     if "_fsdp_wrapped_module" in module._modules:
         wrong = "is flattened by FSDP1: shard with fully_shard (FSDP2), or hand over a copy.deepcopy made before"

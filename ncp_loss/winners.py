@@ -47,6 +47,7 @@ def absolute_winners(rows: Iterable[Row]) -> list[Row]:
         raise bad("rows", "an iterable of mappings", type(rows).__name__, TypeError) from None
     for number, row in numbered:
         caption, winner, loser, tie = _read(row, number)
+        # The loser can be no absolute winner any more. The winner can, unless it has lost or drawn before.
         images = last[caption]
         kept.pop(images.get(loser), None)
         images[loser] = None
