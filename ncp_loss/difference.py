@@ -16,10 +16,10 @@ DIFFERENCES = ("literal", "scaled", "central", "auto")
 class Estimator(NamedTuple):
     """How differences of features are taken in one dtype.
 
-    The reach is the distance of the points from their middle. A longer reach adds error from the encoder's curvature; a
-    shorter reach adds error from rounding. The definition has the gradient at ``x* + d``. With a short reach the first
-    point is close enough to it, and its evaluation gives the gradient too. With a long reach the gradient is less exact
-    there, so it gets an evaluation of its own at ``x* + d``.
+    The reach is the distance of the points from their middle. A longer reach adds error from the encoder's curvature,
+    and a shorter one adds error from rounding. The definition has the gradient at ``x* + d``. With a short reach the
+    first point is close enough to it, and its evaluation gives the gradient too. With a long reach the gradient is less
+    exact there, so it gets an evaluation of its own at ``x* + d``.
     """
 
     kind: str  # "literal", "scaled" or "central"
@@ -31,9 +31,9 @@ class Estimator(NamedTuple):
 def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimator:
     """The estimator for the dtype that the model computes in.
 
-    "auto" chooses the cheapest estimator that is exact enough: "literal", the definition, in float64; "scaled" in
-    float32, at the same cost; and "central" in half precision and TF32. ``benchmarks/reach.py``
-    measures the reaches.
+    "auto" chooses the cheapest estimator that is exact enough. This is "literal", the definition, in float64, "scaled"
+    in float32, at the same cost, and "central" in half precision and TF32. ``benchmarks/reach.py`` measures the
+    reaches.
     """
     coarse = dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and _uses_tf32(device))
     if difference == "auto":

@@ -22,7 +22,7 @@ from .watch import Link, Watch
 Layers = str | Sequence[str] | Mapping[str, float]
 PullBack = Callable[[Features], Tensor]
 
-# The order in which the modules of a diffusers model run, whatever order they were registered in. It tells which
+# The order in which the modules of a diffusers model run, whatever order they were registered in. It shows which
 # weights are used only after the last wanted layer, and need no copy. A name that is missing here costs memory. A model
 # that runs in another order is refused by _out_of_order. Neither makes a wrong result.
 _ORDER = (
@@ -34,7 +34,7 @@ _ORDER = (
 _WHOLE = {"_chunk_size": None, "use_slicing": False, "use_tiling": False}
 
 
-# torch before 2.7 cannot tell an export from a compilation.
+# torch before 2.7 does not distinguish an export from a compilation.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -349,7 +349,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _runs_after(name: str, end: str) -> bool:
-    """Whether module ``name`` runs only after module ``end``, as far as the first two parts of their paths tell."""
+    """Whether module ``name`` runs only after module ``end``, by the first two parts of their paths."""
     (a, i), (b, j) = ((parts[0], parts[1] if len(parts) > 1 else "") for parts in (name.split("."), end.split(".")))
     if a == b:  # blocks of one list run in the list's order
         return i.isdigit() and j.isdigit() and int(i) > int(j)
@@ -411,7 +411,7 @@ def linearized(encode: Callable[[Tensor], Features], latents: Tensor) -> tuple[F
 def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
     """(rows, ...) -> (B, ...): a sample's rows, such as the frames of a video, follow one another.
 
-    Features with tokens first, (L, B, D), look the same if L is a multiple of B. A second dimension of B tells them.
+    Features with tokens first, (L, B, D), look the same if L is a multiple of B. So a second dimension of B is refused.
     """
     rows = len(features) if features.ndim else 0
     if rows == batch:

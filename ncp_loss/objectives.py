@@ -72,7 +72,7 @@ def dpo_loss(
     - "robust": ``[-(1 - s) log sigmoid(z) + s log sigmoid(-z)] / (1 - 2 s)``, which is unbiased if labels are flipped
       with probability s (arXiv 2403.00409);
     - "linear": ``beta w (chosen - rejected)`` with ``w = clamp(1/2 - 0.2 z, 0.001, 0.999)``, through which no gradient
-      flows; the gradient is DPO's with w in place of sigmoid(-z) (Linear-DPO, arXiv 2605.21123, whose code leaves out
+      flows. The gradient is DPO's with w in place of sigmoid(-z) (Linear-DPO, arXiv 2605.21123, whose code leaves out
       the factor beta);
     - "dmpo": ``KL[(p, 1 - p) || (0.99, 0.01)]`` with ``p = sigmoid(z)`` (DMPO, arXiv 2507.07510).
 
@@ -335,10 +335,10 @@ def preference_metrics(
         beta: that of the loss, a positive number, or one for each pair, (B,).
 
     Returns:
-        0-dim tensors without gradient: ``loss``; ``raw_model_loss`` and ``ref_loss``, the mean errors of the model and
-        of a reference; ``rewards/chosen``, ``rewards/rejected`` and ``rewards/margins``, the difference of these two;
-        ``rewards/accuracies`` and ``implicit_acc``, the share of pairs with a positive margin, in which a tie counts
-        one half. No value is read, so a GPU is not waited for.
+        0-dim tensors without gradient. ``loss`` is the mean loss. ``raw_model_loss`` and ``ref_loss`` are the mean
+        errors of the model and of a reference. ``rewards/margins`` is ``rewards/chosen`` less ``rewards/rejected``.
+        ``rewards/accuracies`` and ``implicit_acc`` are the share of pairs with a positive margin, where a tie counts
+        one half. No value is read, so the host does not wait for a GPU.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -384,7 +384,8 @@ def by_timestep(
 
     Returns:
         For each range, named as in ``"0-250"``, the mean, a 0-dim tensor without gradient. It is NaN if no timestep is
-        in the range, so average it over batches by ``nanmean``. No value is read, so a GPU is not waited for.
+        in the range, so average it over batches by ``nanmean``. No value is read, so the host does not wait for a
+        GPU.
 
     Raises:
         ValueError, TypeError: values and timesteps have different shapes or devices, or the edges do not rise.

@@ -1,4 +1,4 @@
-"""watch: finds the base model's layers inside adapters, and tells when weights that a view shares have changed."""
+"""watch: finds the base model's layers inside adapters, and raises an error when shared weights have changed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Weight:
     state: Any = None  # version and address; None before the first call, and in a copy
     sums: Tensor | None = None  # the sums of its rows at the first call
     coarsest: float = 0.0  # the rounding of the coarsest dtype that it has had
-    rewritten: bool = False  # something writes the same values again and again, so that its version tells nothing
+    rewritten: bool = False  # whether something keeps writing the same values, so that its version means nothing
 
     def forget(self) -> None:
         """Have the values compared at the next call, if they can be."""
@@ -177,7 +177,7 @@ class Watch:
         """The state for a copy. The copy watches its own weights.
 
         It has no links, which would take the user's whole model along. Of the model's adapters it keeps only the lists
-        of those that are merged, so that a merge in the copy is told.
+        of those that are merged, to refuse a copy into which one is merged.
         """
         layers = [(link.path, layer) for link in self._links for layer in link.layers]
         merges = [
@@ -197,7 +197,7 @@ _WATCHES: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 @functools.cache
 def _hear_of_replaced_layers() -> None:
-    """Have every watch told, from now on, when a layer is put in the place of another.
+    """Notify every watch, from now on, when a layer is put in the place of another.
 
     An adapter that is added, merged and unloaded between two calls leaves every layer as it was, but not the weights.
     PEFT writes to these through ``.data``, which changes no version. Only the replacement of layers shows it.
@@ -244,7 +244,7 @@ def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
 
 def check_base(module: nn.Module, path: str, name: str) -> None:
     """Refuse a layer that is not the base model's once adapters, hooks and overrides are left out."""
-    # Several things may be wrong. The last found is told.
+    # Several things may be wrong. The message names the last one found.
     own, weight, wrong = vars(module), module._parameters.get("weight"), ""
     if "_fsdp_wrapped_module" in module._modules:
         wrong = "is flattened by FSDP1: shard with fully_shard (FSDP2), or hand over a copy.deepcopy made before"
