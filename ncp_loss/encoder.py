@@ -393,6 +393,7 @@ def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Feat
     if torch.compiler.is_compiling():
         features, vjp, *_ = torch.func.vjp(partial(_dependent, encode), latents)
         return features, lambda cotangents: cast(Tensor, vjp(cotangents)[0])
+    # What autograd would save for a backward pass is replaced by 0.
     nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents)
     with torch.enable_grad(), contextlib.nullcontext() if keep else nothing:
         leaf = latents.detach().requires_grad_()
@@ -409,7 +410,7 @@ def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Feat
 
 
 def _dependent(encode: Encode, latents: Tensor) -> Features:
-    """Features, which tell where gradients are recorded, and in a trace of it too, whether latents reach them."""
+    """The features. Where gradients are recorded, ``requires_grad`` shows whether the latents reach them."""
     features = encode(latents)
     for layer, f in features.items():
         if not f.requires_grad:
