@@ -130,6 +130,9 @@ def test_home_shows_the_committed_figures_of_the_demo():
     drawn, win = result["requested digit drawn"], result["win rate"]
     for value in (drawn["base"], drawn["aligned"], win["share"], win["low"], win["high"]):
         assert f"{value:.1%}" in home, value
+    means = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["means"]
+    assert f"wins {means['win rate']:.1%} ± {means['win rate ±']:.1%}" in home
+    assert f"by {means['diversity']:.0%} of what two real ones do, before by {means['base diversity']:.0%}" in home
 
 
 def test_choosing_shows_the_committed_scales_of_errors():
