@@ -62,13 +62,15 @@ def dpo_loss(
     sft_weight: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Direct preference optimisation on denoising errors (Diffusion-DPO; paper, eq. 18), and variants of it.
+    r"""Direct preference optimisation on denoising errors, and variants of it.
+
+    It is Diffusion-DPO (arXiv 2311.12908) on latent errors, and NCP-DPO (paper, eq. 18) on perceptual ones.
 
     With ``z = beta [(rejected - ref_rejected) - (chosen - ref_chosen)]``, beta times the margin, the loss of a pair is
 
     - "sigmoid": ``-(1 - s) log sigmoid(z) - s log sigmoid(-z)`` with label smoothing s;
-    - "hinge": ``max(0, 1 - z)``;
-    - "ipo": ``(z / beta - 1 / (2 beta))^2``;
+    - "hinge": ``max(0, 1 - z)``, as in diffusers' scripts;
+    - "ipo": ``(z / beta - 1 / (2 beta))^2``, as in diffusers' scripts;
     - "robust": ``[-(1 - s) log sigmoid(z) + s log sigmoid(-z)] / (1 - 2 s)``, which is unbiased if labels are flipped
       with probability s (arXiv 2403.00409);
     - "linear": ``beta w (chosen - rejected)`` with ``w = clamp(1/2 - 0.2 z, 0.001, 0.999)``, through which no gradient

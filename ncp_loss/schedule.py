@@ -198,18 +198,32 @@ class Schedule(ABC):
             vars(self).update(vars(now))
 
     def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        """The scale of the signal: alpha in ``x_t = alpha(t) x_0 + sigma(t) eps``.
+
+        Args:
+            timesteps: t, of any shape, whole numbers in [-1, T). -1 is the clean end, where alpha = 1 and sigma = 0.
+                For a flow these are any numbers in [0, T], and 0 is the clean end.
+
+        Returns:
+            alpha, shaped like ``timesteps``, in float64.
+
+        Raises:
+            ValueError, TypeError: timesteps of the wrong dtype or out of range.
+        """
         return self._scales(self._checked(timesteps, self._clean_end))[0]
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        """The scale of the noise: sigma in ``x_t = alpha(t) x_0 + sigma(t) eps``. All else is as for :meth:`alpha`."""
         return self._scales(self._checked(timesteps, self._clean_end))[1]
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         """The timestep t' that follows t in the reverse process, shaped like ``timesteps``.
 
         For ``step=k`` it is k steps before t, and the clean end if there are fewer. For "clean" it is the clean end.
-        For "uniform" it is drawn at random. The clean end is -1, and for a flow 0.
+        For "uniform" it is drawn at random, by ``generator`` if that is given. ``timesteps`` are as for :meth:`alpha`.
+
+        Raises:
+            ValueError, TypeError: an argument of the wrong type, dtype or value.
         """
         check_step(step)
         check_generator("generator", generator)
@@ -230,7 +244,8 @@ class Schedule(ABC):
         A prediction o gives estimates of ``x_0`` and ``eps``, which are affine in o. The step takes these to
         ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` with
         ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``, and A, B and s of the result are returned.
-        For ``step=k`` eta is 1, which is the DDPM posterior. For "uniform" and "clean" eta is 0, which is DDIM.
+        For ``step=k`` eta is 1, which is the DDPM posterior (arXiv 2006.11239). For "uniform" and "clean" eta is 0,
+        which is DDIM (arXiv 2010.02502).
 
         Args:
             timesteps: t, (B,), whole numbers in [0, T) of any dtype; for a flow any numbers in [0, T].
@@ -400,7 +415,7 @@ def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch
 
 @NoiseSchedule.register  # whatever takes a NoiseSchedule takes a flow too, so isinstance says that it is one
 class FlowSchedule(Schedule):
-    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``.
+    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps`` (as in SD 3, arXiv 2403.03206).
 
     A timestep is ``sigma * steps``, any number in [0, steps], as in trainers of SD 3 and Flux. Steps are counted on a
     grid that is uniform in u, where ``sigma = shift u / (1 + (shift - 1) u)``, and ``step=k`` goes from u to

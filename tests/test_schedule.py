@@ -25,7 +25,7 @@ from users import batch, small
 from ncp_loss import FlowSchedule, NoiseSchedule
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss.checks import check_generator, check_latents, check_number, check_pairs
-from ncp_loss.schedule import check_noisy
+from ncp_loss.schedule import check_noisy, draw_noise
 from ncp_loss.tensors import widest
 
 BETAS = oracle.scaled_linear_betas()
@@ -513,6 +513,29 @@ def test_timesteps_may_be_numbers_and_lists_where_values_are_asked_for() -> None
     assert FLOW.sigma(500) == FLOW.alpha(500.0) == 0.5
     with torch.device("meta"):
         assert NOISE.sigma(500).device.type == FLOW.sigma(500).device.type == "cpu"
+
+
+def test_the_clean_end_is_below_the_first_timestep_and_of_a_flow_at_0() -> None:
+    for schedule, end in ((NOISE, -1), (FLOW, 0)):
+        assert (schedule.alpha(end), schedule.sigma(end)) == (1, 0)
+        for values in (schedule.alpha, schedule.sigma, lambda t, schedule=schedule: schedule.next_timesteps(t, 1)):
+            with pytest.raises(ValueError, match=rf"^timesteps must be in \[{end}, 1000[)\]]; it was in \[{end - 1}, "):
+                values(torch.tensor([end - 1]))
+
+
+@pytest.mark.parametrize("step", [1, 7, "uniform", "clean"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_z_is_drawn_once_for_each_pair_and_only_for_a_step_that_has_a_random_part(step: Any, pairs: bool) -> None:
+    latents, generator = normal(4, 3, 2), torch.Generator().manual_seed(5)
+    z, state = draw_noise(step, latents, generator, pairs), generator.get_state()
+    assert draw_noise(step, latents, None, pairs) is None
+    if isinstance(step, str):
+        assert z is None
+        assert torch.equal(state, torch.Generator().manual_seed(5).get_state())
+    elif pairs:
+        assert torch.equal(z, normal(2, 3, 2, seed=5).repeat(2, 1, 1))
+    else:
+        assert torch.equal(z, normal(4, 3, 2, seed=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16])
