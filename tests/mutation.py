@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a JSON file, whose entry for the module is replaced")
     args = parser.parse_args()
     from cosmic_ray.work_db import use_db
-    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+    from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
     shutil.rmtree(args.into, ignore_errors=True)
     shutil.copytree(ROOT, args.into, ignore=shutil.ignore_patterns(".*", "__pycache__"))
@@ -161,6 +161,8 @@ def main() -> None:
         os.kill(server, signal.SIGKILL)
     with use_db("mutants.sqlite") as work:
         tried = [result for job, result in work.results if result.worker_outcome != WorkerOutcome.SKIPPED]
+    if failed := [result.output for result in tried if result.test_outcome == TestOutcome.INCOMPETENT]:
+        raise SystemExit(f"{len(failed)} faults were not tried: {failed[0]}")
     survived = sorted("\n".join(result.diff.splitlines()[3:]) for result in tried if not result.is_killed)
     print(*survived, sep="\n\n")
     print(f"{args.module}: {len(tried)} of {len(pending)} faults, {len(tried) - len(survived)} found")
