@@ -64,12 +64,13 @@ with socket.socket(socket.AF_UNIX) as ask:
 
 
 def run_tests(module: str) -> int:
-    """pytest in a fork of this process: 0 where all pass."""
+    """pytest in this process, file after file, so that none is read past the first failure: 0 where all pass."""
     import pytest
 
-    files = [f"tests/{name}.py" for name in TESTS[module].split()]
+    files = [*(f"tests/{name}.py" for name in TESTS[module].split()), "tests/test_api.py", f"ncp_loss/{module}.py"]
     quick = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile", "few"]
-    return int(pytest.main([*quick, "tests/test_api.py", *files, f"ncp_loss/{module}.py"]))
+    codes = (int(pytest.main([*quick, file])) for file in files)
+    return next((code for code in codes if code not in (0, 5)), 0)  # 5: a file without tests
 
 
 def fork(module: str, log: Path) -> int:
@@ -126,11 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", choices=TESTS)
     parser.add_argument("--sample", type=int, help="so many of the faults, drawn with seed 0; all without it")
+    parser.add_argument(
+        "--seconds", type=float, help="how long faults are tried, in the order in which they were drawn"
+    )
     parser.add_argument("--into", type=Path, required=True, help="where the copy is made; what is there goes")
     parser.add_argument("--results", type=Path, help="a JSON file, whose entry for the module is replaced")
     args = parser.parse_args()
     from cosmic_ray.work_db import use_db
-    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+    from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
     shutil.rmtree(args.into, ignore_errors=True)
     shutil.copytree(ROOT, args.into, ignore=shutil.ignore_patterns(".*", "__pycache__"))
@@ -140,8 +144,8 @@ def main() -> None:
     Path("mutants.toml").write_text(CONFIG.format(module=args.module, python=sys.executable, left_out=left_out))
     Path("ask.py").write_text(ASK)
 
-    def run(tool: str, *words: str) -> None:
-        subprocess.run([str(Path(sys.executable).parent / tool), *words], check=True)
+    def run(tool: str, *words: str, timeout: float | None = None) -> None:
+        subprocess.run([str(Path(sys.executable).parent / tool), *words], check=True, timeout=timeout)
 
     run("cosmic-ray", "init", "mutants.toml", "mutants.sqlite")
     run("cr-filter-operators", "mutants.sqlite", "mutants.toml")
@@ -156,11 +160,15 @@ def main() -> None:
     if not server:
         serve(args.module)
     try:
-        run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
+        run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite", timeout=args.seconds)
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {args.seconds:g} seconds")
     finally:
         os.kill(server, signal.SIGKILL)
     with use_db("mutants.sqlite") as work:
         tried = [result for job, result in work.results if result.worker_outcome != WorkerOutcome.SKIPPED]
+    if failed := [result.output for result in tried if result.test_outcome == TestOutcome.INCOMPETENT]:
+        raise SystemExit(f"{len(failed)} faults were not tried: {failed[0]}")
     survived = sorted("\n".join(result.diff.splitlines()[3:]) for result in tried if not result.is_killed)
     print(*survived, sep="\n\n")
     print(f"{args.module}: {len(tried)} of {len(pending)} faults, {len(tried) - len(survived)} found")
@@ -168,6 +176,7 @@ def main() -> None:
         every = json.loads(results.read_text()) if results.exists() else {}
         every[args.module] = {
             "faults": len(pending),
+            "drawn": len(kept),
             "tried": len(tried),
             "found": len(tried) - len(survived),
             "survived": survived,

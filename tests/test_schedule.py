@@ -314,6 +314,14 @@ def test_a_scheduler_whose_settings_stay_is_read_once(monkeypatch: pytest.Monkey
     assert schedule._moved is tables
 
 
+def test_a_scheduler_that_was_made_in_inference_mode_is_read_like_any_other() -> None:
+    with torch.inference_mode():
+        scheduler = diffusers.DDPMScheduler(**SD)
+    of_it, usual = (NoiseSchedule.from_scheduler(s) for s in (scheduler, diffusers.DDPMScheduler(**SD)))
+    for _ in range(2):
+        assert torch.equal(of_it.reverse_step(torch.tensor([3])).B, usual.reverse_step(torch.tensor([3])).B)
+
+
 def test_a_scheduler_that_becomes_another_kind_of_schedule_is_refused() -> None:
     scheduler = diffusers.UniPCMultistepScheduler(**SD)
     schedule = NoiseSchedule.from_scheduler(scheduler)
