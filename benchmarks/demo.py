@@ -65,7 +65,7 @@ def result(seed: int, options: list[str]) -> dict[str, Any]:
 
 def draw(path: Path, results: dict[int, dict[str, Any]]) -> None:
     """Thin lines are seeds, the thick one is their mean."""
-    figure, axis = report.new_figure(width=6, height=3.6)
+    figure, (axis,) = report.new_figure(width=6, height=3.6)
     curves = [found["reward by step"] for found in results.values()]
     steps = [int(step) for step in curves[0]]
     for curve in curves:

@@ -28,7 +28,9 @@ RATES, KAPPAS = (3e-4, 1e-3), (1.0, 3.0, 8.0)
 TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
-COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.ORANGE, report.BLUE, report.RED), strict=True))
+COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True))
+MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
+KEPT_DIVERSITY = 0.6  # of the base model's
 Record = dict[str, Any]
 Key = tuple[str, str, int, float, float]  # phase, arm, seed, learning rate, kappa
 
@@ -75,7 +77,7 @@ class Study:
         found = [arm for arm in arms if self.args.testbed in arm.beds]
         if not self.args.tiny:
             return found
-        return [found[0], found[2]] if arms == MAIN else [arm for arm in found if arm.inherits == "NCP-DPO"][:1]
+        return found[:2] if arms == MAIN else [arm for arm in found if arm.inherits == "NCP-DPO"][:1]
 
     def settings(self, arm: Arm) -> tuple[float, float]:
         """Learning rate and kappa: tuned, or those of the arm that it inherits from."""
@@ -168,7 +170,7 @@ class Study:
         report.write_csv(self.args.out / f"{self.name}.csv", rows)
         draw(self.args.out / f"{self.name}.png", runs, self.args.testbed)
         self.sheet(self.args.out / f"{self.name}-samples.png")
-        shown = [f"{name}{end}" for name in ("undamaged reward", "mean reward") for end in ("", " ±")]
+        shown = [f"{name}{end}" for name in MEASURES for end in ("", " ±")]
         found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(runs)]
         report.print_table(f"On {self.args.testbed}, fresh seeds", found, dict.fromkeys(shown, ".3f"))
 
@@ -197,11 +199,12 @@ def summary(runs: list[Record]) -> list[Record]:
     limit = min((run["points"][-1]["step"] * run["FLOPs a step"] for run in compared), default=0)
     by_arm: dict[str, dict[int, tuple[float, ...]]] = {}
     for record in compared:
-        by_arm.setdefault(record["arm"], {})[record["seed"]] = *score(record), at_equal_cost(record, limit)
+        scores = *score(record), at_equal_cost(record, limit), at_kept_diversity(record)
+        by_arm.setdefault(record["arm"], {})[record["seed"]] = scores
     rows = []
     for arm, found in by_arm.items():
         row: Record = {"arm": arm, "seeds": len(found)}
-        for index, name in enumerate(("undamaged reward", "mean reward", "reward at equal FLOPs")):
+        for index, name in enumerate(MEASURES):
             row |= report.interval(name, [scores[index] for scores in found.values()])
             for other in (arm.name for arm in MAIN[:3]):
                 theirs = by_arm.get(other, {})
@@ -220,27 +223,42 @@ def at_equal_cost(record: Record, limit: float) -> float:
     return float(np.interp(places, costs, [point["reward"] for point in record["points"]]).mean())
 
 
+def at_kept_diversity(record: Record) -> float:
+    """The reward where diversity first falls to 60% of the base model's, or the last one. Straight between points."""
+    points = record["points"]
+    least = KEPT_DIVERSITY * points[0]["diversity"]
+    for before, after in itertools.pairwise(points):
+        if after["diversity"] < least:
+            share = (before["diversity"] - least) / (before["diversity"] - after["diversity"])
+            return float(before["reward"] + share * (after["reward"] - before["reward"]))
+    return float(points[-1]["reward"] if record["finite"] else points[0]["reward"])
+
+
 def draw(path: Path, runs: list[Record], testbed: str) -> None:
-    """Reward against steps, and against the share of samples that match: the main arms, every fresh seed."""
-    figure, (by_step, by_match) = report.new_figure(columns=2, width=10.5)
+    """Reward against steps, against the share of samples that match, and against diversity; every fresh seed."""
+    keys = {
+        "step": "training step",
+        "match": "share of samples that match the request",
+        "diversity": "diversity, over that of real images",
+    }
+    figure, axes = report.new_figure(columns=len(keys), width=14)
     chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in COLORS]
-    for name, color in COLORS.items():
-        ours = [run["points"] for run in chosen if run["arm"] == name]
-        for points in ours:
-            rewards = [point["reward"] for point in points]
-            by_step.plot([point["step"] for point in points], rewards, color=color, lw=0.8, alpha=0.35)
-            by_match.plot([point["match"] for point in points], rewards, color=color, lw=0.8, alpha=0.35, marker=".")
-        whole = [points for points in ours if len(points) == max(len(p) for p in ours)]
-        if whole:
-            means = {key: _means(whole, key) for key in ("step", "reward", "match")}
-            by_step.plot(means["step"], means["reward"], color=color, lw=2.2, marker="o", ms=4, label=name)
-            by_match.plot(means["match"], means["reward"], color=color, lw=2.2, marker="o", ms=4)
-    by_step.set(xlabel="training step", ylabel="mean held-out reward", xlim=(0, None))
-    by_match.set(xlabel="share of samples that match the request", ylabel="mean held-out reward")
-    by_step.legend(frameon=False, fontsize=8)
+    for (key, label), axis in zip(keys.items(), axes, strict=True):
+        for name, color in COLORS.items():
+            ours = [run["points"] for run in chosen if run["arm"] == name]
+            for points in ours:
+                axis.plot(*_curve([points], key), color=color, lw=0.8, alpha=0.35)
+            whole = [points for points in ours if len(points) == max(map(len, ours))]
+            if whole:
+                axis.plot(*_curve(whole, key), color=color, lw=2.2, marker="o", ms=4, label=name)
+        axis.set(xlabel=label, ylabel="mean held-out reward")
+    axes[0].set_xlim(0)
+    axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{testbed.capitalize()}: thick lines are means over seeds, thin ones the seeds", fontsize=10)
     report.save_figure(path, figure)
 
 
-def _means(runs: list[list[Record]], key: str) -> list[float]:
-    return [statistics.mean(point[key] for point in points) for points in zip(*runs, strict=True)]
+def _curve(runs: list[list[Record]], key: str) -> tuple[list[float], list[float]]:
+    """The mean over runs at each point: what `key` names, and the reward."""
+    places = list(zip(*runs, strict=True))
+    return tuple([statistics.mean(point[name] for point in at) for at in places] for name in (key, "reward"))

@@ -45,8 +45,8 @@ class Arm(NamedTuple):
 PAPERS_ANCHOR = 2 * 1.0 / 2500  # CPO's weight of 1 beside a beta of 2500
 MAIN = [
     Arm("latent DPO", errors="latent"),
-    Arm("latent DPO, times B²", errors="latent B2"),
     Arm("NCP-DPO"),
+    Arm("latent DPO, times B²", errors="latent B2"),
     Arm("NCP-DPO, random encoder", encoder="random"),
 ]
 

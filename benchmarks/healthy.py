@@ -174,7 +174,7 @@ def draw_run(path: Path, case: Case, found: dict[str, Any], before: float) -> No
     mine = found[case.name]
     figure, (margins, accuracy, norms, misses) = report.new_figure(2, 2, width=5.2, height=5.8)
     draw_margin(margins, mine)
-    margins.set_title("beta * margin, by timestep")
+    margins.set_title("beta * margin, by timestep", fontsize=10)
     margins.legend(frameon=False, fontsize=8, loc="lower left", ncols=2, columnspacing=0.6, handlelength=1)
     for run, color, name in [(found["good"], "#b4b9c2", "good run"), (mine, report.BLUE, "this run")]:
         accuracy.plot(run["step"], run["accuracy"], color=color, lw=2)
@@ -182,15 +182,16 @@ def draw_run(path: Path, case: Case, found: dict[str, Any], before: float) -> No
         norms.plot([name, name], [low, high], color=color, lw=3)
         norms.plot(name, middle, "o", color=color, ms=9)
     accuracy.axhline(0.5, color=report.GREY, ls=":", lw=1)
-    accuracy.set(ylim=(0, 1), title="accuracy", xlabel="training step")
-    norms.set(
-        yscale="log", ylim=(3e-4, 3e3), xlim=(-0.6, 1.6), title="gradient norm", xlabel="median, 10% to 90% of steps"
-    )
+    accuracy.set(ylim=(0, 1), xlabel="training step")
+    accuracy.set_title("accuracy", fontsize=10)
+    norms.set(yscale="log", ylim=(3e-4, 3e3), xlim=(-0.6, 1.6), xlabel="median, 10% to 90% of steps")
+    norms.set_title("gradient norm", fontsize=10)
     for name, color, style in [("reference's miss", report.ORANGE, "s--"), ("miss", report.BLUE, "o-")]:
         ends = [mean(mine[name][part][-1 - len(mine["step"]) // 4 :]) for part in RANGES]
         misses.plot(RANGES, ends, style, color=color, lw=2, label={"miss": "model"}.get(name, "reference"))
     misses.axhline(1, color=report.GREY, ls=":", lw=1)
-    misses.set(yscale="log", ylim=(1e-3, 1e1), title="error / target\u00b2, at the end", xlabel="timesteps")
+    misses.set(yscale="log", ylim=(1e-3, 1e1), xlabel="timesteps")
+    misses.set_title("error / target\u00b2, at the end", fontsize=10)
     misses.tick_params("x", labelsize=8, rotation=30)
     misses.legend(frameon=False, fontsize=9, loc="lower left")
     figure.suptitle(f"{case.title}: reward {before:.2f} to {mine['reward']:.2f}", fontsize=13)
@@ -207,7 +208,7 @@ def draw_margin(axis: Axes, run: dict[str, Any]) -> None:
     """beta * margin over training, linear up to 0.1, logarithmic beyond; in red, its first size."""
     for part, color in COLORS.items():
         axis.plot(run["step"], run["margin"][part], color=color, lw=2, label=part)
-    axis.plot(1, run["first |margin|"], "D", color=report.RED, ms=5, label="step 1", zorder=3)
+    axis.plot(1, run["first |margin|"], "D", color=report.RED, ms=5, label="first step\u2019s size", zorder=3)
     axis.axhline(0, color=report.GREY, ls=":", lw=1)
     axis.set_yscale("symlog", linthresh=0.1, linscale=0.5)
     axis.set(ylim=(-100, 100), xlabel="training step")
@@ -222,6 +223,6 @@ def draw_margins(path: Path, found: dict[str, Any]) -> None:
     for axis, case in zip(axes, CASES, strict=True):
         draw_margin(axis, found[case.name])
         axis.set_title(case.title, fontsize=11)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left", ncols=2, title="timesteps", title_fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left", title="timesteps", title_fontsize=8, alignment="left")
     figure.suptitle("beta * margin over training, by timestep", fontsize=12)
     report.save_figure(path, figure)

@@ -213,10 +213,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--pairs", type=int, default=300, help="pairs sampled; the judge decides about half of them")
     parser.add_argument("--batch", type=int, default=16, help="pairs per step")
-    parser.add_argument(
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument(
         "--kappa", type=float, default=2.0, help="each pair's beta is kappa over the reference's error on it"
     )
-    parser.add_argument("--beta", type=float, help="in place of kappa: one number for all pairs")
+    scale.add_argument("--beta", type=float, help="one number for all pairs")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--held-out", type=int, default=200, help="samples to compare on, two or more a digit")

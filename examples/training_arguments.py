@@ -76,10 +76,11 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
         add("--use_ema", action="store_true", help="save a moving average of the weights")
         add("--ema_decay", type=float, default=0.9999, help="of the average, once it has warmed up")
     if pairs:
-        add("--beta_dpo", type=float, default=2500.0,
+        scale = parser.add_mutually_exclusive_group().add_argument
+        scale("--beta_dpo", type=float, default=2500.0,
             help="multiplies the margin of mean errors, once; diffusers' SDXL script halves its own, whose 5000 is "
             "2500 here. Watch rewards/margins, which should reach order one")  # fmt: skip
-        add("--kappa", type=float,
+        scale("--kappa", type=float,
             help="in place of --beta_dpo: each pair's beta is kappa over the reference's mean error on it, whose scale "
             "then need not be known; 2 is a place to begin")  # fmt: skip
         add("--precompute_reference", action="store_true",

@@ -1,4 +1,4 @@
-"""checks: what a bad argument is told: its name, what it must be, what it was. No value on an accelerator is read."""
+"""checks: a message for each bad argument: its name, what it must be and what it was."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# No check reads a value on an accelerator: that would make the host wait for the device.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -19,6 +20,7 @@ def bad(name: str, must_be: str, was: object, error: type[Exception] = ValueErro
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """One of ``choices``, and of the type of one: 1 is not True, and an array is compared with nothing."""
     if not isinstance(value, tuple(map(type, choices))) or value not in choices:
         raise bad(name, "one of " + ", ".join(sorted(map(repr, choices))), _of(value))
 
@@ -26,7 +28,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_number(
     name: str, value: object, must_be: str = "a positive number", fits: Callable[[float], bool] = lambda x: x > 0
 ) -> float:
-    """A finite real number that fits, of Python or NumPy, or 0-dim on the host; True is none."""
+    """A finite real number for which ``fits`` holds: of Python, of NumPy, or a 0-dim tensor on the host; not a bool."""
     if isinstance(value, Tensor) and value.ndim == 0 and values_are_free(value):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -42,7 +44,7 @@ def check_generator(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object, must_be: str, *others: str | None) -> None:
-    """A positive int that a tensor can hold, or one of ``others``."""
+    """A positive int that fits into 64 bits, or one of ``others``."""
     counts = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= sys.maxsize
     if not counts and not (isinstance(value, str | None) and value in others):
         raise bad(name, must_be, _of(value))
@@ -76,12 +78,12 @@ def check_numbers(name: str, value: object) -> Tensor:
 
 
 def check_like(name: str, value: object, reference_name: str, reference: Tensor) -> Tensor:
-    """A floating-point tensor of the reference's shape and device."""
+    """A floating-point tensor with the shape and the device of ``reference``. Nothing is broadcast."""
     return check_shaped(name, check_floating(name, value), reference_name, reference)
 
 
 def check_shaped(name: str, value: Tensor, reference_name: str, reference: Tensor) -> Tensor:
-    """Of the reference's shape and device, whatever the dtype. Nothing is broadcast."""
+    """A tensor of any dtype with the shape and the device of ``reference``. Nothing is broadcast."""
     if value.shape != reference.shape:
         raise bad(name, f"shaped like {reference_name}, {_shape(reference)}", _shape(value))
     return check_device(name, value, reference_name, reference)
@@ -94,7 +96,7 @@ def check_device(name: str, value: Tensor, reference_name: str, reference: Tenso
 
 
 def check_rows(name: str, value: object, latents: Tensor, *shape: int | str) -> Tensor:
-    """One row per sample, each of ``shape`` where that is given; a name in it stands for any size."""
+    """A tensor with one row for each sample, each of ``shape`` if that is given. A name in it stands for any size."""
     tensor = check_tensor(name, value)
     if tensor.ndim == 0 or len(tensor) != len(latents):
         raise bad(name, f"one row per sample, {len(latents)}", _shape(tensor))
@@ -105,7 +107,7 @@ def check_rows(name: str, value: object, latents: Tensor, *shape: int | str) -> 
 
 
 def check_errors(**errors: Tensor) -> None:
-    """Per-sample errors: each (B,), floating point, of one length and on one device."""
+    """Per-sample errors: floating-point tensors (B,) of one length and on one device, with B of 1 or more."""
     first, reference = next(iter(errors.items()))
     if check_floating(first, reference).ndim != 1 or len(reference) == 0:
         raise bad(first, "one error per sample, shape (B,), of one or more", _shape(reference))
@@ -116,7 +118,10 @@ def check_errors(**errors: Tensor) -> None:
 def check_latents(
     name: str, latents: Tensor, channels: int | None, pairs: bool = False, **others: Tensor | None
 ) -> None:
-    """What the model takes, (B, C, H, W) where its first layer is a convolution; the others are shaped like it."""
+    """Latents as the model takes them, and other tensors of the same shape.
+
+    ``channels`` is None if the model's first layer is no convolution. Then two dimensions or more will do.
+    """
     shape = check_floating(name, latents).shape
     if channels is not None and (len(shape) != 4 or shape[1] != channels):
         raise bad(name, f"shaped (B, {channels}, H, W), as the model takes them", _shape(latents))
@@ -130,7 +135,7 @@ def check_latents(
 
 
 def expand_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
-    """One timestep for each sample, where one is given for all too: 0-dim or (B,) -> (B,)."""
+    """One timestep for each sample: 0-dim or (B,) -> (B,)."""
     t = check_device("timesteps", check_numbers("timesteps", timesteps), "noisy_latents", latents)
     t = t.expand(len(latents)) if t.ndim == 0 else t
     if t.shape != (len(latents),):
@@ -139,7 +144,7 @@ def expand_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
 
 
 def check_timesteps(timesteps: Any, count: float, whole: bool = True, low: float = 0) -> Tensor:
-    """Whole numbers in [low, count), or any in [0, count]; a tensor, or what makes one."""
+    """Whole numbers in [low, count), or any numbers in [low, count]: a tensor, or what a tensor can be made of."""
     try:
         t = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, device="cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -155,7 +160,7 @@ def check_timesteps(timesteps: Any, count: float, whole: bool = True, low: float
 
 
 def check_pairs(shared: Mapping[str, Tensor | None]) -> None:
-    """The two halves of each agree, winner for loser, NaN with NaN; looked at only where looking is free."""
+    """Tensors whose halves, of winners and of losers, are equal. NaN equals NaN. Only values on the host are read."""
     for name, value in shared.items():
         if value is not None and values_are_free(value):
             winners, losers = value.chunk(2)
@@ -164,13 +169,13 @@ def check_pairs(shared: Mapping[str, Tensor | None]) -> None:
 
 
 def values_are_free(value: Tensor) -> bool:
-    """Whether reading values costs no synchronisation: a real tensor on the host, outside a trace."""
+    """Whether values can be read at no cost: the tensor is on the host, is no tracer's, and has elements."""
     readable = value.device.type == "cpu" and type(value) is Tensor and value.numel() > 0
     return readable and not torch.compiler.is_compiling()
 
 
 def _of(value: object) -> str:
-    """A value that reads as one, or else what it is."""
+    """The value itself if it is short to print, or else the name of its type."""
     return repr(value) if isinstance(value, str | numbers.Number | None) else type(value).__name__
 
 

@@ -1,4 +1,4 @@
-"""difference: at which latents to evaluate the encoder, and how features there combine into differences of features."""
+"""difference: the points at which the encoder is evaluated, and how features there combine into differences."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ DIFFERENCES = ("literal", "scaled", "central", "auto")
 
 
 class Estimator(NamedTuple):
-    """How differences are taken in one dtype.
+    """How differences of features are taken in one dtype.
 
-    A longer reach shows more of the encoder's curvature, a shorter one more of its rounding. Where a dtype needs a long
-    reach, the gradient is worth an evaluation of its own at ``x* + d``, which is where the definition has it.
+    The reach is the distance of the points from their middle. A longer reach adds error from the encoder's curvature,
+    and a shorter one adds error from rounding. The definition has the gradient at ``x* + d``. With a short reach the
+    first point is close enough to it, and its evaluation gives the gradient too. With a long reach the gradient is less
+    exact there, so it gets an evaluation of its own at ``x* + d``.
     """
 
     kind: str  # "literal", "scaled" or "central"
-    reach: float = 0.0  # how far from their middle the points stand, in multiples of rms(x*)
-    reach_alone: float = 0.0  # the same without a reference: two points, whose rounding no other two average out
-    graph_at_point: bool = True  # take the gradient at the first point; or else at x* + d
+    reach: float = 0.0  # in multiples of rms(x*)
+    reach_alone: float = 0.0  # without a reference: fewer points average less rounding out
+    graph_at_point: bool = True  # whether the gradient is taken at the first point, or else at x* + d
 
 
 def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimator:
-    """The estimator for the dtype that the model computes in; benchmarks/reach.py measures its reaches.
+    """The estimator for the dtype that the model computes in.
 
-    "auto" is the cheapest one that is right: the definition itself in float64, "scaled" in float32, at the same cost,
-    and "central" where rounding is coarser.
+    "auto" chooses the cheapest estimator that is exact enough. This is "literal", the definition, in float64, "scaled"
+    in float32, at the same cost, and "central" in half precision and TF32. ``benchmarks/reach.py`` measures the
+    reaches.
     """
     coarse = dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and _uses_tf32(device))
     if difference == "auto":
@@ -42,32 +45,36 @@ def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimat
     return Estimator(difference, *((0.02, 0.02) if coarse else (0.0005, 0.0005)))
 
 
-@constant_to_compilers  # no compiler reads these settings; it keeps what they were when it compiled
+@constant_to_compilers  # a compiler cannot trace these settings; it keeps their values at the time of compilation
 def _uses_tf32(device: torch.device) -> bool:
-    """Whether matrix products are given inputs rounded to fp16's mantissa, as cuDNN's convolutions are by default."""
+    """Whether products round their inputs to TF32, which has fp16's mantissa: cuDNN's default for convolutions."""
     backends = (getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul, torch.backends)
     chosen = [getattr(backend, "fp32_precision", "none") for backend in backends]
-    if chosen[0] == "none":  # before the setting had a name for each operator
+    if chosen[0] == "none":  # torch before 2.9 has one setting for cuDNN and one for matrix products
         return device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     return device.type == "cuda" and "tf32" in chosen
 
 
 class Stencil(NamedTuple):
-    """The points of a finite difference, and the coefficients of their features, one for each point and sample.
+    """The points of a finite difference, and the coefficients with which their features are added.
 
-    With ``f_i`` the features of point i, ``sum_i model_i f_i`` is the model's difference of features,
-    ``f(x* + d) - f(x*)``; ``sum_i gap_i f_i`` is the model's less the reference's; ``sum_i target_i f_i`` is f(x*).
+    There are k points, and one coefficient for each point and sample. With ``f_i`` the features at point i,
+
+    - ``sum_i model_i f_i`` is the model's difference of features, ``f(x* + d) - f(x*)``,
+    - ``sum_i gap_i f_i`` is the model's difference minus the reference's,
+    - ``sum_i target_i f_i`` is the target's features, ``f(x*)``.
     """
 
     latents: list[Tensor]  # the k points, (B, ...) each
     model: Tensor  # (k, B)
     gap: Tensor | None  # (k, B); None without a reference
     target: Tensor  # (k, B)
-    graph: Tensor  # where the gradient is taken: the first point, or x* + d
+    graph: Tensor  # the point at which the gradient is taken, (B, ...): the first one, or x* + d
 
 
-# For each number of points, every point's share in the difference along the long direction (v), and along the short one
-# (u). A share's sign is the side of the middle on which the point stands. A side's shares add up to one half.
+# By the number of points: each point's share in v, the difference along the long direction q, and in u, that along the
+# short direction p. A share's sign says on which side of the middle the point stands. The shares of each side add up to
+# one half.
 _SHARES = {
     2: ((1 / 2, 0.0), (-1 / 2, 0.0)),
     3: ((1 / 4, 1 / 2), (1 / 4, -1 / 2), (-1 / 2, 0.0)),
@@ -76,47 +83,52 @@ _SHARES = {
 
 
 def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | None, estimator: Estimator) -> Stencil:
-    r"""Where to look, and how to combine what is seen there, for one displacement or for two.
+    r"""The points and coefficients for the model's displacement, and for a reference's too if there is one.
 
-    The model's displacement is d, the reference's r, and the gap between them ``d - r``. Where one of the three is
-    much shorter than the others, a difference of these would leave rounding for it. It is therefore measured along
-    itself, as p, together with one long direction q; all three follow from ``u = J p`` and ``v = J q``:
+    The model's displacement is d, the reference's is r, and the gap between them is ``d - r``. One of the three may be
+    much shorter than the others. If its difference of features were computed from those of the other two, little but
+    rounding would be left. So each sample's shortest displacement is one direction, p, and a long combination of d and
+    r is the other, q. With J the encoder's response to a small displacement, all differences follow from ``u = J p``
+    and ``v = J q``:
 
-    ==================  ===========  ===============  ===============  ===============
-    p                   q            of the model     of the gap       middle M
-    ==================  ===========  ===============  ===============  ===============
-    gap (mostly)        d + r        (v + u) / 2      u                x* + q/4
-    d, right model      d - 2 r      u                (u + v) / 2      x* + p/2 - q/4
-    r, right reference  r - 2 d      (u - v) / 2      -(u + v) / 2     x* + p/2 - q/4
-    ==================  ===========  ===============  ===============  ===============
+    ====================================  ===========  ==============  ==============  ===============
+    p                                     q            model's         gap's           middle M
+    ====================================  ===========  ==============  ==============  ===============
+    gap (unless another is much shorter)  d + r        (v + u) / 2     u               x* + q/4
+    d (the model is nearly right)         d - 2 r      u               (u + v) / 2     x* + p/2 - q/4
+    r (the reference is nearly right)     r - 2 d      (u - v) / 2     -(u + v) / 2    x* + p/2 - q/4
+    ====================================  ===========  ==============  ==============  ===============
 
-    The points stand at ``M +- a q +- b p``. An arm is as long as the dtype needs, ``reach * rms(x*)``, but never
-    shorter than the definition's own, ``a = 1/4`` and ``b = 1/2``.
+    The points are ``M +- a q +- b p``. The arms a and b are so long that ``rms(a q)`` and ``rms(b p)`` are at least
+    ``reach * rms(x*)``. They are never shorter than in the definition, ``a = 1/4`` and ``b = 1/2``.
 
-    - "literal": the first row and the shortest arms, which make the points ``x* + d``, ``x* + r`` and ``x*``;
-    - "scaled": three points, ``M + a q +- b p`` and ``M - a q``; in the first row ``M = x* + a q``, so that the third
-      is x* itself;
-    - "central": all four, about the middle of the definition's points, where errors of second order cancel. Each point
-      serves both differences, which halves their rounding.
+    - "literal" always takes the first row and the definition's arms. The points are ``x* + d``, ``x* + r`` and ``x*``.
+    - "scaled" has three points, ``M + a q +- b p`` and ``M - a q``. In the first row ``M = x* + a q``, so the third
+      point is x*.
+    - "central" has all four points, about the middle of the definition's. Errors of second order cancel there. Each
+      point is used in both differences, which halves their rounding.
 
-    Without a reference there is one displacement and no gap: two points, ``M +- a q`` with ``q = 2 d``.
+    Without a reference there is no gap, ``q = 2 d``, and the points are ``M +- a q``.
 
     Args:
-        base: x*, the latents that the true prediction gives, (B, ...).
+        base: x*, the latents after the step with the true prediction, (B, ...).
         d: ``B (prediction - target)``, (B, ...).
-        reference: ``B (the reference's prediction - target)``, (B, ...), or None.
-        gap: ``B (prediction - the reference's)``, (B, ...), or None; given, since a difference would lose its digits.
-        estimator: which of the above, and its reaches.
+        reference: r, ``B (the reference's prediction - target)``, (B, ...), or None.
+        gap: ``B (prediction - the reference's prediction)``, (B, ...), or None. It is an argument of its own because
+            ``d - r`` would lose digits.
+        estimator: the kind of estimator and its reaches.
     """
     alone = reference is None or gap is None
     r, g = (d, torch.zeros_like(d)) if reference is None or gap is None else (reference, gap)
     shares = _SHARES[2 if alone else 4 if estimator.kind == "central" else 3]
     reach = (estimator.reach_alone if alone else estimator.reach) * _rms(base)
     lengths = torch.stack([_rms(x) for x in (g, d, r)])
+    # For each sample the row of the table: 0, 1 or 2.
     shortest = torch.where(lengths.amin(0) < lengths[0] / 4, lengths.argmin(0), 0)
     shortest = torch.zeros_like(shortest) if estimator.kind == "literal" else shortest
 
     def pick(of_gap: Tensor, of_model: Tensor, of_reference: Tensor) -> Tensor:
+        """For each sample the value in its row of the table."""
         rest = torch.where(per_sample(shortest == 1, of_model), of_model, of_reference)
         return torch.where(per_sample(shortest == 0, of_gap), of_gap, rest)
 
@@ -124,8 +136,9 @@ def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | Non
     a, b = _arm(q, reach, 1 / 4), _arm(p, reach, 1 / 2)
     quarter, half, none = (torch.full_like(a, x) for x in (1 / 4, 1 / 2, 0.0))
     middle_q, middle_p = pick(a if estimator.kind == "scaled" else quarter, -quarter, -quarter), pick(none, half, half)
-    # Where a displacement is exactly 0, so is the coefficient of its difference: two evaluations of one point may
-    # differ in a last digit. A reference that is right has the gap for the model's difference, to the bit.
+    # A displacement of exactly 0 must give a difference of exactly 0. Two evaluations of one point may differ in the
+    # last digit, so the coefficients are set to 0. If the reference's displacement is 0, the model's difference is the
+    # gap's, bit for bit.
     q_moves, p_moves, moves, reference_moves = (reduce(x != 0, "b ... -> b", "max") for x in (q, p, d, r))
     latents, of_model, of_gap, of_target = [], [], [], []
     for v_share, u_share in shares:
@@ -142,7 +155,7 @@ def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | Non
 
 
 def _arm(displacement: Tensor, reach: Tensor, least: float) -> Tensor:
-    """How many displacements long an arm is, (B,)."""
+    """The length of an arm in multiples of the displacement, (B,): ``least`` or more, and ``reach`` in rms or more."""
     length = _rms(displacement)
     return torch.where(length > 0, (reach / length).clamp(min=least), torch.full_like(length, least))
 

@@ -1,4 +1,4 @@
-"""encoder: the frozen view, stopped at the layers asked for: from (latents, timesteps, conditioning) to features."""
+"""encoder: from (latents, timesteps, conditioning) to features: the frozen view's forward pass, ended at a layer."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ Layers = str | Sequence[str] | Mapping[str, float]
 Encode = Callable[[Tensor], Features]
 PullBack = Callable[[Features], Tensor]
 
-# What runs one after another in the forward of a diffusers model, whatever order it was registered in. It tells which
-# weights lie past a layer and need no copy. A name that is missing here costs memory, and _out_of_order refuses a model
-# with another order, so neither costs correctness.
+# The order in which the modules of a diffusers model run, whatever order they were registered in. It shows which
+# weights are used only after the last wanted layer, and need no copy. A name that is missing here costs memory. A model
+# that runs in another order is refused by _out_of_order. Neither makes a wrong result.
 _ORDER = (
     *("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"),
     *("transformer_blocks", "single_transformer_blocks", "norm_out", "proj_out"),
 )
 
-# Chunked feed-forward, slicing and tiling call the layers inside with a part of a sample at a time.
+# Chunked feed-forward, slicing and tiling call the layers inside them with a part of a sample at a time.
 _WHOLE = {"_chunk_size": None, "use_slicing": False, "use_tiling": False}
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch < 2.7 has no other
+# torch before 2.7 does not distinguish an export from a compilation.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-class LastLayerReached(Exception):  # not an error: it ends a forward pass whose work is done
-    """Raised inside the view's forward, and caught around it, when the last wanted layer has run."""
+class LastLayerReached(Exception):  # no error, so its name does not say Error
+    """Ends the view's forward pass when the last wanted layer has run. It is caught around that pass."""
 
 
 @dataclass
 class _Pass:
-    """The view's forward pass: how many layers are wanted of it, and those kept so far; None while it does not run."""
+    """The state of the view's forward pass, which the hooks on its layers share."""
 
-    wanted: int
-    kept: Features | None = None
-    free: list[None] = field(default_factory=lambda: [None])  # a token, which only one thread can take
+    wanted: int  # how many layers are wanted
+    kept: Features | None = None  # the features kept so far; None while no pass runs
+    # A list with one token, which only one thread can take. A lock could not be copied or pickled.
+    free: list[None] = field(default_factory=lambda: [None])
 
 
 class _Tap:
-    """A forward hook that keeps a layer's output, and ends the pass when every layer's is there."""
+    """A forward hook that keeps a layer's output, and ends the pass when the outputs of all wanted layers are kept."""
 
     def __init__(self, layer: str, forward: _Pass, module: nn.Module) -> None:
         self.layer, self.forward = layer, forward
@@ -61,26 +63,26 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         kept, wanted = self.forward.kept, self.forward.wanted
-        # A checkpoint runs the layer again in backward, and a model may use one twice: its first output counts.
+        # The first output counts. A checkpoint runs the layer again in backward, and a model may use a layer twice.
         if kept is None or self.layer in kept:
             return
         features = self._image_stream(args, kwargs, output)
         if features is None:
-            self.forward.kept = None  # the module runs once more, to see what is inside it
+            self.forward.kept = None  # _several_streams runs the module once more, in which no tap may act
             raise self._several_streams(module, args, kwargs, output)
-        # Where the pass goes on, the model may still add to its hidden states in place (a T2I-Adapter's residuals).
+        # If the pass goes on, the model may still change this tensor in place, as it adds a T2I-Adapter's residuals.
         kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features
-        # An exporter keeps a stack of the modules it is in, which an exception would leave unbalanced: run on there,
-        # and let its dead-code elimination remove the rest.
+        # An exporter keeps a stack of the modules that it is in, and an exception would leave this unbalanced. So the
+        # pass runs on there, and the exporter removes the rest as dead code.
         if len(kept) == wanted and not _is_exporting():
             raise LastLayerReached
 
     def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        """The output, or that one of several which is shaped like the image's stream that came in; None where unclear.
+        """The output, or the one of several outputs that has the shape of the image's input; None if that is unclear.
 
-        A U-Net block returns its hidden states and what it keeps for skip connections, a tuple; a transformer block
-        with two streams returns the text's and the image's, in an order of its own. The image's stream is
-        ``hidden_states`` by name or position, or else the only tensor given with three dimensions or more.
+        A U-Net block returns its hidden states and a tuple for skip connections. A transformer block with two streams
+        returns the text's and the image's, in either order. The image's input is ``hidden_states``, by name or
+        position, or else the only input tensor of three dimensions or more.
         """
         streams = [x for x in output if isinstance(x, Tensor)] if isinstance(output, tuple) else [output]
         if len(streams) > 1:
@@ -92,7 +94,7 @@ class _Tap:
         return streams[0] if len(streams) == 1 and isinstance(streams[0], Tensor) else None
 
     def _several_streams(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Exception:
-        """The refusal, with modules inside that return one tensor."""
+        """The error for a module whose output is unclear. It names modules inside that return one tensor."""
         single: list[str] = []
 
         def note(_: Any, given: Any, out: Any, name: str) -> None:
@@ -112,18 +114,19 @@ class _Tap:
 
 
 class FrozenEncoder:
-    """Features of the bare base model at ``layers``; nothing past the last of them runs.
+    """The base model's features at ``layers``. Nothing past the last of them runs.
 
-    Not a Module, on purpose: the weights are the user's, and belong in no state_dict but theirs. Arguments are those of
+    The encoder is no Module: its weights are the user's, and belong in no other state_dict. The arguments are those of
     :class:`NoiseConditionedPerceptualLoss`, where ``model`` is called ``unet`` and ``layers`` is called ``layer``.
     """
 
-    _seen: torch.dtype | None = None  # that of the features given last
-    _reached = False  # whether a pass without gradients has shown that features depend on the latents
+    _seen: torch.dtype | None = None  # the dtype of the features that were returned last
+    _reached = False  # whether a pass without gradients has shown that the features depend on the latents
 
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
     ) -> None:
+        # A second tree of modules over the user's weights. From here on only this tree is given hooks and flags.
         self.view, links = twin_of(model)
         self.weights, ends = _wanted(self.view, layers)
         used, later = _split_by_order(self.view, ends)
@@ -143,16 +146,15 @@ class FrozenEncoder:
         shared = {name: module for name, module in used.items() if name not in self._owned}
         self._watch = Watch(used, shared, links)
         self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
-        self._of_one_dtype = len({p.dtype for p in (self._copied, self._shared) if p is not None}) == 1
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], given: torch.dtype
     ) -> Features:
-        """{layer: features}, one row for each sample.
+        """The features by layer, with one row for each sample.
 
-        Only here are latents cast to the dtype that the model computes in; ``given`` is what the trainer has them in.
+        ``given`` is the dtype in which the trainer holds the latents. Here alone they are cast to the model's dtype.
         """
-        dtype = None if _autocast_dtype(latents.device) else self.dtype
+        dtype = None if _autocast_dtype(latents.device) else self.dtype  # autocast casts what it needs itself
         conditioning = {k: _prepared(v, dtype, given, k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
@@ -166,15 +168,20 @@ class FrozenEncoder:
         finally:
             self._pass.kept = None
             self._pass.free.append(None)
+        # The forward may have ended without the exception, by its own end.
         if missing := self.weights.keys() - kept.keys():
             raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
         features = {layer: _one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
+            # With several dtypes the coarsest counts, since its rounding is the largest.
             self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
         return features
 
     def reached(self, encode: Encode, latents: Tensor) -> Features:
-        """The features, once with a graph of which nothing is held: that is how an unreached layer is told."""
+        """The features, without a graph. The first call refuses a layer that the latents do not reach.
+
+        That call has a graph, which shows it. Nothing is kept for a backward pass.
+        """
         if torch.compiler.is_compiling():
             return encode(latents) if _is_exporting() else linearized(encode, latents)[0]
         if self._reached or torch.is_inference_mode_enabled():
@@ -185,24 +192,24 @@ class FrozenEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in without autocast: the dtype of its weights, but for those it keeps in float32."""
+        """The dtype of the model's weights, leaving out those that it always keeps in float32."""
         kept: Any = getattr(self.view, "_keep_in_fp32_modules", None) or ()
         weights = ((name, p.dtype) for name, p in self.view.named_parameters() if p.is_floating_point())
         return next(dtype for name, dtype in weights if not any(part in name for part in kept))
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What the model computes in now: autocast's dtype, or that of the features which it gave last."""
+        """The dtype that the model computes in now: autocast's, or else its last features' or its weights'."""
         return _autocast_dtype(device) or _seen(self) or self.dtype
 
     @property
     def channels(self) -> int | None:
-        """Of the latents, where the first layer is a 2-D convolution, which takes (B, C, H, W), and is given them."""
+        """The latents' number of channels, if they go straight into a 2-D convolution; None if that is not known."""
         conv = getattr(self.view, "conv_in", None)
         return conv.in_channels if isinstance(conv, nn.Conv2d) and self._call is _by_name else None
 
     def conditioned(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model is called with beside latents and timesteps; what it would stumble over is told here."""
-        if not torch.compiler.is_compiling():
+        """The model's keyword arguments, checked: bad ones are refused here, before the model would fail on them."""
+        if not torch.compiler.is_compiling():  # a compiler could not trace these checks of the user's own modules
             self._watch.check()
             self._check_own(latents)
         given = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
@@ -225,6 +232,7 @@ class FrozenEncoder:
     def _check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
         config: Any = getattr(self.view, "config", None)
         if text is not None:
+            # The width is known where the text goes straight into cross-attention, with no projection before it.
             width = getattr(config, "cross_attention_dim", None)
             known = self._reads_text and isinstance(width, int) and getattr(config, "encoder_hid_dim", None) is None
             check_floating("encoder_hidden_states", text)
@@ -238,28 +246,24 @@ class FrozenEncoder:
                 raise bad("added_cond_kwargs", "a dict with text_embeds and time_ids, as for SDXL", was)
             names = {key: f"added_cond_kwargs[{key!r}]" for key in ("time_ids", "text_embeds")}
             ids = check_rows(names["time_ids"], check_numbers(names["time_ids"], added["time_ids"]), latents)
+            # SDXL projects the pooled text together with embeddings of the time ids, whose width is known.
             width = config.projection_class_embeddings_input_dim - config.addition_time_embed_dim * ids[0].numel()
             text_embeds = check_floating(names["text_embeds"], added["text_embeds"])
             check_rows(names["text_embeds"], text_embeds, latents, width)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What ``ncp.to(...)`` does: convert the encoder's own copies; what is the user's, the user moves."""
+        """Convert the encoder's own copies, as ``ncp.to(...)`` asks. Shared weights are moved by the user alone."""
         for module in self._owned.values():
             nn.Module._apply(module, fn, recurse=False)
 
     def _check_own(self, latents: Tensor) -> None:
-        """The user moves shared weights, ``ncp.to(...)`` moves copies: say so where one was left behind."""
+        """Refuse weights that were left behind: the user moves shared ones, and ``ncp.to(...)`` moves the copies."""
         for weight, hint in ((self._copied, ": move its copies with ncp.to(device)"), (self._shared, "")):
             if weight is not None and weight.device != latents.device:
                 raise bad("noisy_latents", f"on the encoder's device, {weight.device}{hint}", f"on {latents.device}")
-        copied, shared = self._copied, self._shared
-        if copied is not None and shared is not None and (copied.dtype == shared.dtype) != self._of_one_dtype:
-            hint = "convert these with ncp.to(dtype)"
-            must_be = f"in the dtype of the loss's copies of its trainable weights, {copied.dtype}: {hint}"
-            raise bad("unet", must_be, shared.dtype)
 
 
-@constant_to_compilers  # what a call outside of a trace saw is no reason to compile anew
+@constant_to_compilers  # a compiler would watch the attribute, and compile again when an eager call changes it
 def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
     return encoder._seen
 
@@ -286,6 +290,7 @@ def _split_by_order(view: nn.Module, ends: Mapping[str, str]) -> tuple[dict[str,
     """
     modules = list(view.named_modules(remove_duplicate=False))
     known = type(view).__module__.startswith("diffusers.")
+    # A name is past if it runs after every wanted layer. A module runs if one of its names is not past.
     past = {name for name, _ in modules if known and all(_runs_after(name, end) for end in ends.values())}
     runs = {module: name for name, module in modules if name not in past}
     used = {name: module for module, name in runs.items()}
@@ -319,12 +324,12 @@ def _recompute_blocks(view: nn.Module) -> None:
 
 
 def _recomputed(block: Callable[..., Any], *args: Any) -> Any:
-    """A block whose activations are recomputed in backward; a compiler plans its memory itself."""
+    """Run a block whose activations are recomputed in backward, except under a compiler, which plans memory itself."""
     return block(*args) if torch.compiler.is_compiling() else recompute(block, *args, use_reentrant=False)
 
 
 def _self_sufficient(config: Any) -> bool:
-    """Whether a U-Net's cross-attention takes images in the text's place (Kandinsky 2.2), or itself (AudioLDM)."""
+    """Whether a U-Net's cross-attention needs no text: it attends to images (Kandinsky 2.2) or to itself (AudioLDM)."""
     widths, channels = getattr(config, "cross_attention_dim", None), getattr(config, "block_out_channels", None)
     images = getattr(config, "encoder_hid_dim_type", None) == "image_proj"
     return images or (isinstance(widths, list | tuple) and list(widths) == list(channels or ()))
@@ -339,27 +344,28 @@ def _by_name(model: nn.Module, latents: Tensor, timesteps: Tensor, **conditionin
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    known = torch.amp.is_autocast_available(device.type)  # not so for "meta", on which costs are counted
+    """autocast's dtype on the device; None while it is off, or where there is none, as on "meta"."""
+    known = torch.amp.is_autocast_available(device.type)
     return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
 def _runs_after(name: str, end: str) -> bool:
-    """Whether module ``name`` runs only after module ``end`` has returned, by their places at the top of the model."""
+    """Whether module ``name`` runs only after module ``end``, by the first two parts of their paths."""
     (a, i), (b, j) = ((parts[0], parts[1] if len(parts) > 1 else "") for parts in (name.split("."), end.split(".")))
-    if a == b:  # blocks of one list run in its order
+    if a == b:  # blocks of one list run in the list's order
         return i.isdigit() and j.isdigit() and int(i) > int(j)
     return a in _ORDER and b in _ORDER and _ORDER.index(a) > _ORDER.index(b)
 
 
 def _out_of_order(module: nn.Module, args: Any, name: str, forward: _Pass) -> None:
-    """A pre-hook of what should not run: its weights are neither copied nor watched."""
+    """A pre-hook that refuses a module which should run later only: its weights are neither copied nor watched."""
     if forward.kept is not None and len(forward.kept) < forward.wanted:
         must_be = f"a module that has run when {name!r} begins, as in diffusers' models of such names"
         raise bad("layer", must_be, "one that runs later")
 
 
 def _resolve(view: nn.Module, layer: str) -> str:
-    """The full path of a layer: negative indices counted, a list of blocks replaced by its last."""
+    """The full path of a layer. Negative indices count from the end, and a list of blocks stands for its last block."""
     module, path = view, list[str]()
     for part in layer.split("."):
         children = [name for name, child in module._modules.items() if child is not None]
@@ -378,23 +384,24 @@ def _resolve(view: nn.Module, layer: str) -> str:
 
 
 def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Features, PullBack]:
-    """Features at ``latents``, and the function that takes a cotangent of the features to one of the latents.
+    """The features at ``latents``, and a function from a cotangent of the features to that of the latents.
 
-    The function is called once: the encoder's activations are let go with it, or at once where ``keep`` is False.
-    Compilers trace ``torch.func.vjp``, and not ``torch.autograd.grad``, with which alone activations can be recomputed
-    (``checkpoint=True``).
+    The function can be called once, which frees the encoder's activations. Without ``keep`` they are not kept at all,
+    and it cannot be called. Compilers can trace ``torch.func.vjp`` but not ``torch.autograd.grad``. Only the latter can
+    recompute activations (``checkpoint=True``), so each has its case.
     """
     if torch.compiler.is_compiling():
         features, vjp, *_ = torch.func.vjp(partial(_dependent, encode), latents)
         return features, lambda cotangents: cast(Tensor, vjp(cotangents)[0])
+    # What autograd would save for a backward pass is replaced by 0.
     nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents)
     with torch.enable_grad(), contextlib.nullcontext() if keep else nothing:
         leaf = latents.detach().requires_grad_()
-        # torch's FLOP counter hooks what a module is given, but cannot hook a leaf.
-        graph = _dependent(encode, leaf.view_as(leaf))
+        graph = _dependent(encode, leaf.view_as(leaf))  # torch's FLOP counter hooks a module's inputs, but no leaf
 
     def pull_back(cotangents: Features) -> Tensor:
-        # The forward pass's casts have derivatives of their own; autocast would round the cotangents once more.
+        # The casts of the forward pass have derivatives of their own. With autocast on, the backward pass would round
+        # the cotangents once more.
         device, amp = latents.device, _autocast_dtype(latents.device)
         with torch.autocast(device.type, enabled=False) if amp else contextlib.nullcontext():
             return torch.autograd.grad(list(graph.values()), leaf, [cotangents[layer] for layer in graph])[0]
@@ -403,7 +410,7 @@ def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Feat
 
 
 def _dependent(encode: Encode, latents: Tensor) -> Features:
-    """Features, which tell where gradients are recorded, and in a trace of it too, whether latents reach them."""
+    """The features. Where gradients are recorded, ``requires_grad`` shows whether the latents reach them."""
     features = encode(latents)
     for layer, f in features.items():
         if not f.requires_grad:
@@ -412,9 +419,9 @@ def _dependent(encode: Encode, latents: Tensor) -> Features:
 
 
 def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
-    """(rows, ...) -> (B, ...): where a sample has several rows, as a video's frames, they follow one another.
+    """(rows, ...) -> (B, ...): a sample's rows, such as the frames of a video, follow one another.
 
-    Rows that are tokens, (L, B, D), look the same where L is a multiple of B; a second dimension of B tells them apart.
+    Features with tokens first, (L, B, D), look the same if L is a multiple of B. So a second dimension of B is refused.
     """
     rows = len(features) if features.ndim else 0
     if rows == batch:
@@ -426,10 +433,11 @@ def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
 
 
 def _prepared(value: Any, dtype: torch.dtype | None, given: torch.dtype, name: str) -> Any:
-    """Conditioning as the encoder takes it: floats in ``dtype``, in fresh containers.
+    """Conditioning as the encoder takes it: detached, with floats in ``dtype``, in new containers.
 
-    Some floats are wider than the latents that the trainer gives: class labels, rotary tables. They stay so, and ids
-    (SDXL's sizes, positions) always do, since bf16 cannot hold a 1021.
+    The text follows the model's dtype, and so does what has the latents' dtype or is no wider than the model's. Class
+    labels or rotary tables that the trainer keeps wider stay as they are. Ids (SDXL's sizes, positions) always do,
+    since bf16 cannot hold a number such as 1021.
     """
     if isinstance(value, Mapping):
         return {key: _prepared(item, dtype, given, key) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""error: one number per sample from features at a stencil's points, and the cotangent of those features."""
+"""error: one number per sample from the features at a stencil's points, and its derivative by these features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tensors import Features, at_least_float32, per_sample
 
 
 class Errors(NamedTuple):
-    """Per-sample errors, (B,) each; the gradient comes with ``error``, and ``ref_error`` has none."""
+    """Per-sample errors, (B,) each. ``error`` has a gradient, and ``ref_error`` has none."""
 
     error: Tensor
     ref_error: Tensor | None = None
@@ -29,28 +29,30 @@ def feature_errors(
     unit: Tensor | None = None,
     impl: str = "eager",
 ) -> tuple[Errors, Callable[[], Features], Tensor]:
-    r"""Mean square differences of features, summed over layers by weight (paper, eq. 13), of model and reference.
+    r"""The model's and the reference's errors: mean square differences of features (paper, eq. 13).
 
-    With w the model's difference of features, and u the model's less the reference's,
+    Let w be the model's difference of features, and u the model's minus the reference's. The layers' terms are added
+    with the weights ``c_l``:
 
-    ``error = sum_l w_l mean |w|^2``, ``ref_error = sum_l w_l mean |w - u|^2`` and
-    ``error - ref_error = sum_l w_l mean u (2 w - u)``,
+    ``error = sum_l c_l mean |w|^2``, ``ref_error = sum_l c_l mean |w - u|^2`` and
+    ``error - ref_error = sum_l c_l mean u (2 w - u)``,
 
-    the mean over everything but the batch. The last line is the sample's margin, negated. It is summed as it is,
-    since two errors that agree to several digits would leave rounding, and the larger error is the smaller one plus it.
+    where the mean is over everything but the batch. The last line is the margin, negated. Two errors that agree to
+    several digits would leave little of it but rounding, so it is computed as written here. The larger error is then
+    the smaller one plus its size.
 
     Args:
-        features: at each of the stencil's points, by layer, (B, ...).
-        points: the stencil, whose coefficients combine them.
-        weights: of each layer.
-        normalize: divide each layer's term by the mean square of the target's features.
-        unit: (B,), what the latents moved by per unit of prediction, B; errors are divided by its square.
-        impl: "eager", or "triton": kernels that make no float32 copy of features.
+        features: the features at each of the stencil's points, by layer, (B, ...).
+        points: the stencil, whose coefficients combine the features.
+        weights: the weight of each layer.
+        normalize: whether each layer's term is divided by the mean square of the target's features.
+        unit: B of the reverse step, (B,), or None. Errors are divided by its square.
+        impl: "eager", or "triton" for kernels that make no float32 copy of features.
 
     Returns:
-        The errors, float32 at least. A function that makes ``d error / d features`` by layer, in the features' dtype
-        and of order one, since half precision holds neither very small cotangents nor very large ones. What to
-        multiply these by, (B,).
+        The errors, in float32 or better. A function that makes the cotangents, ``d error / d features`` by layer, in
+        the features' dtype. A factor for these, (B,): the cotangents are scaled to order one, since half precision can
+        hold neither very small numbers nor very large ones.
     """
     gap = torch.zeros_like(points.model) if points.gap is None else points.gap
     per_unit = torch.ones_like(gap[0]) if unit is None else _inverse(unit.square())
@@ -61,22 +63,23 @@ def feature_errors(
         if normalize:
             relative = relative * _inverse(_sums(at, points.target, torch.zeros_like(gap), impl)[0])
         total = total + relative * sums
-        slopes[layer] = relative * (2 / at[0][0].numel())  # d error / d features is this times w
+        slopes[layer] = relative * (2 / at[0][0].numel())  # the derivative of error by w is this times w
         sizes.append(slopes[layer] * sums[0].sqrt())
-    size = torch.stack(sizes).amax(0)
+    size = torch.stack(sizes).amax(0)  # the rms of the derivative by w, in the layer where it is largest
 
     def cotangents() -> Features:
         of_order_one = points.model * _inverse(size)
         return {k: _cotangent([f[k] for f in features], of_order_one * slope, impl) for k, slope in slopes.items()}
 
     error, reference, margin = total
+    # `error` and `reference` were each summed with rounding of their own, which their difference would keep.
     smaller = torch.minimum(error, reference)
     errors = Errors(smaller + margin.relu(), smaller + (-margin).relu() if points.gap is not None else None)
     return errors, cotangents, size
 
 
 def attach(error: Tensor, prediction: Tensor, slope: Tensor) -> Tensor:
-    """``error`` (B,), whose derivative with respect to ``prediction`` is ``slope``, known already, (B, ...)."""
+    """``error``, (B,), with the derivative ``slope``, (B, ...), with respect to ``prediction``."""
     return cast(Tensor, _Attached.apply(prediction, error, slope))
 
 
@@ -95,17 +98,18 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative would come out as 0
+        # Gradients are enabled in backward where create_graph=True. A second derivative would come out as 0.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("ncp errors have first derivatives only: create_graph=True cannot be used with them")
         (slope,) = ctx.saved_tensors
         return (per_sample(gradient, slope) * slope).to(ctx.dtype), None, None
 
 
-# The two passes over features, each in float32 at least; ncp_loss/fused.py has both as kernels.
+# The two passes over features, each computed in float32 or better. ncp_loss/fused.py has both as kernels.
 
 
 def _sums(features: list[Tensor], model: Tensor, gap: Tensor, impl: str) -> Tensor:
-    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)``, (3, B)."""
+    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)`` of each sample, (3, B)."""
     if impl == "triton":
         from .fused import sums
 
@@ -126,11 +130,12 @@ def _cotangent(features: list[Tensor], coefficients: Tensor, impl: str) -> Tenso
 
 
 def _combined(features: list[Tensor], coefficients: Tensor) -> Tensor:
+    """``sum_i coefficients_i features_i`` in float32 or better."""
     dtype = at_least_float32(features[0])
     terms = [per_sample(c, f) * f.to(dtype) for c, f in zip(coefficients, features, strict=True)]
     return cast(Tensor, sum(terms))
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0: where nothing moved, or a layer is silent, there is no error to divide."""
+    """1/x, and 0 where x is 0. There the latents did not move, or a layer's features are all 0, and errors are 0."""
     return torch.where(x == 0, torch.zeros_like(x), 1 / x)

@@ -1,4 +1,4 @@
-"""fused: the two passes of error.py as Triton kernels, which read features once and keep no float32 copy of them."""
+"""fused: the two passes of error.py as Triton kernels, which read each feature once and make no float32 copies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .checks import bad
 
-BLOCK = 1024  # elements that a program holds at a time: 8 for each of 128 threads, 16 bytes of bf16
-ROUNDS = 8  # blocks that a program adds up
+BLOCK = 1024  # elements that a program holds at a time: 8 for each of 128 threads, which is 16 bytes of bf16
+ROUNDS = 8  # blocks whose sums a program adds up
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _loaded(feature, row, at, size, wide: tl.constexpr):
 
 @triton.jit
 def _coefficient(coefficients, point, wide: tl.constexpr):
-    """Of this program's row; ``coefficients`` is (points, rows)."""
+    """The coefficient of a point in this program's row. ``coefficients`` is (points, rows)."""
     return tl.load(coefficients + point * tl.num_programs(1) + tl.program_id(1)).to(wide)
 
 
@@ -38,7 +38,7 @@ def _combination(x0, x1, x2, x3, coefficients, POINTS: tl.constexpr, wide: tl.co
 
 @triton.jit
 def _fours(x):
-    """Sums of four neighbours, which one thread holds: accumulators then take a quarter of the registers."""
+    """Sums of four neighbours, which one thread holds. Accumulators then take a quarter of the registers."""
     return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
 
 
@@ -46,7 +46,7 @@ def _fours(x):
 def sums_kernel(
     f0, f1, f2, f3, coefficients, partial, size, POINTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr
 ):
-    """partial[:, row, part]: a part of each of the sums of :func:`sums`, the first of two stages; no atomics."""
+    """The first of two stages of :func:`sums`: partial[:, row, part] is a part of each sum. No atomics are used."""
     part, rows = tl.program_id(0), tl.num_programs(1)
     row = tl.program_id(1).to(tl.int64)
     wide: tl.constexpr = tl.float64 if f0.dtype.element_ty == tl.float64 else tl.float32
@@ -84,16 +84,20 @@ def combined_kernel(f0, f1, f2, f3, coefficients, out, size, POINTS: tl.constexp
 
 @torch.library.custom_op("ncp_loss::sums", mutates_args=())
 def sums(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """Means over each sample, accumulated in float32 at least, the same on every run.
+    """The means of ``|w|^2``, ``|w - u|^2`` and ``u (2 w - u)`` over each sample.
 
-    ``|w|^2``, ``|w - u|^2`` and ``u (2 w - u)``, with w and u the features combined by ``coefficients[0]`` and ``[1]``.
+    w and u are the features combined with ``coefficients[0]`` and ``coefficients[1]``. Sums are accumulated in float32
+    or better, and are the same on every run.
 
     Args:
-        features: 2 to 4 of (B, ...).
+        features: the features at 2 to 4 points, (B, ...) each.
         coefficients: (2, points, B).
 
     Returns:
         (3, B).
+
+    Raises:
+        ValueError: the features are on a CPU, outside Triton's interpreter.
     """
     features, (_, points, rows) = _dense(features), coefficients.shape
     size = features[0][0].numel()
@@ -110,7 +114,7 @@ def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 @torch.library.custom_op("ncp_loss::combined", mutates_args=())
 def combined(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """``sum_i coefficients_i features_i`` in the features' dtype: 2 to 4 of (B, ...), (points, B) -> (B, ...)."""
+    """``sum_i coefficients_i features_i`` in the features' dtype: 2 to 4 of (B, ...) and (points, B) -> (B, ...)."""
     features = _dense(features)
     out, size = torch.empty_like(features[0]), features[0][0].numel()
     grid = (triton.cdiv(size, BLOCK), len(features[0]))
@@ -124,12 +128,12 @@ def _(features: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 
 def _four(features: Sequence[Tensor]) -> list[Tensor]:
-    """As many as the kernels have places for; those past the points are not read."""
+    """Four features, as the kernels take. Those past the number of points are not read."""
     return [*features, *[features[0]] * (4 - len(features))]
 
 
 def _dense(features: Sequence[Tensor]) -> Sequence[Tensor]:
-    """All in one order in memory, whichever, a sample after the other: the kernels see rows of numbers."""
+    """The features in one order in memory, each sample's elements together, since the kernels see rows of numbers."""
     first = features[0]
     if first.device.type == "cpu" and isinstance(sums_kernel, triton.JITFunction):
         raise bad("impl", "'eager' on a CPU", "'triton'")

@@ -1,4 +1,4 @@
-"""loss: the module a trainer calls in place of F.mse_loss; it leads the data through the rooms and holds no maths."""
+"""loss: the module that a trainer calls in place of F.mse_loss. It leads data from file to file and holds no maths."""
 
 from __future__ import annotations
 
@@ -30,43 +30,49 @@ from .tensors import at_least_float32, chunks_of, joined, per_sample
 
 
 class NoiseConditionedPerceptualLoss(nn.Module):
-    r"""How wrong a denoiser's prediction is, in the features of its own frozen encoder one reverse step later.
+    r"""How wrong a denoiser's prediction is, measured in features of its own frozen encoder after one reverse step.
 
-    ``error_b = mean |f(x_t'(model_pred), c, t') - f(x_t'(target), c, t')|^2`` (paper, eq. 13), where
-    ``x_t'(o) = A x_t + B o + s z`` is the reverse step with the prediction o (eq. 2, 12) and f the encoder of the base
-    model: without adapters, without gradients to its weights, up to ``layer``. It replaces
-    ``F.mse_loss(model_pred, target)`` in a training loop; the loss owns no parameters, and ``unet`` is not touched.
+    ``error_b = mean |f(x_t'(model_pred), c, t') - f(x_t'(target), c, t')|^2`` (paper, eq. 13).
 
-    The weights are shared with ``unet`` where they are frozen (LoRA training) and copied, as far as ``layer``, where
-    they are trainable (full fine-tuning), as they are when the loss is built: freeze and load first, then build it.
+    ``x_t'(o) = A x_t + B o + s z`` is the reverse step with the prediction o (eq. 2, 12). f is the encoder of the base
+    model up to ``layer``, without adapters and without gradients to its weights. c is the text condition. In a training
+    loop the loss replaces ``F.mse_loss(model_pred, target)``. It owns no parameters, and never changes ``unet``.
+
+    Weights that are frozen when the loss is built, as in LoRA training, are shared with ``unet``. Weights that are
+    trainable then, as in full fine-tuning, are copied as far as ``layer``. So load and freeze before building the loss.
 
     Args:
         unet: the model in training, or its DDP, ``torch.compile``, PEFT or accelerate wrapper.
-        layer: where features are taken: "down_blocks" (end of the down stack, the paper's f), "mid_block" or any module
-            path ("down_blocks.1", "down_blocks.-1.resnets.0"); several in a sequence, their errors summed, or in a
-            mapping from path to weight.
-        schedule: a NoiseSchedule, a diffusers scheduler, or None for Stable Diffusion's own with epsilon prediction.
-        step: t' = t - step; "uniform" draws t' at random; "clean" compares the estimates of x_0, at t' = 0. A step
-            past the last one ends at x_0 too.
-        difference: how differences of features are taken: "literal", the definition; over a longer displacement and
-            scaled back, from x* ("scaled") or about the middle ("central"); "auto", by the dtype that the model
-            computes in: "literal" in float64, "scaled" in float32, "central" in half precision.
-        normalize: divide each layer's error by the mean square of its target features.
-        weighting: None, the paper's; "noise" divides by B^2, the part of an error's scale that is the step's: errors,
-            and with them beta, come near the scale of latent MSE. What remains is the network's gain.
-        checkpoint: recompute the encoder's activations for its backward pass: less memory at the peak, for about one
-            more encoder forward. A compiled loss ignores it, since the compiler plans its memory itself.
-        chunk_size: how many samples are evaluated at a time; None: all. It bounds the encoder's share of the peak. In a
-            batch of pairs a chunk holds whole pairs, and at least one. Conditioning must then be tensors with the batch
-            first, numbers or None, since nothing else can be split without a guess.
-        call: how the trainer calls the model, where that is not ``model(latents, timestep=timesteps,
-            encoder_hidden_states=..., **model_kwargs)``: a function of just these, of which the first is the encoder,
-            as in ``lambda model, x, t, **kw: model(pack(x), timestep=t / 1000, **kw)`` for Flux.
-        impl: of the error's passes over features: "eager", or "triton", kernels that make no float32 copies.
+        layer: the module whose output is f: "down_blocks" (the end of the down stack, as in the paper), "mid_block", or
+            any module path ("down_blocks.1", "down_blocks.-1.resnets.0"). A sequence of paths gives the sum of their
+            errors, and a mapping from path to weight a weighted sum.
+        schedule: a NoiseSchedule or FlowSchedule, a diffusers scheduler, or None for Stable Diffusion's own schedule
+            with epsilon prediction.
+        step: the number of timesteps from t back to t', or "uniform" for a t' drawn at random, or "clean" for the
+            estimates of x_0, compared at timestep 0. A step past the last timestep ends at x_0 too.
+        difference: how differences of features are taken. "literal" is the definition. "scaled" takes a longer
+            displacement from the target's latents and divides by its length, and "central" does so about the middle.
+            "auto" chooses by the dtype that the model computes in: "literal" in float64, "scaled" in float32, "central"
+            in half precision.
+        normalize: whether each layer's error is divided by the mean square of the target's features.
+        weighting: None, as in the paper, or "noise". "noise" divides errors by B^2, since a step with a larger B moves
+            the latents further. Errors, and the beta that suits them, then have a scale near that of latent MSE. They
+            still differ from it by how much the network amplifies a displacement.
+        checkpoint: whether the encoder's activations are recomputed in its backward pass. This lowers the peak of
+            memory and costs about one more forward pass of the encoder. A compiled loss ignores it, since the compiler
+            plans memory itself.
+        chunk_size: how many samples are evaluated at a time, or None for all. It bounds the encoder's share of the peak
+            of memory. In a batch of pairs a chunk holds whole pairs, and at least one. Conditioning must then be
+            tensors with the batch first, numbers or None, since nothing else can be split without a guess.
+        call: a function that calls the model as the trainer does, if that is not ``model(latents, timestep=timesteps,
+            encoder_hidden_states=..., **model_kwargs)``. It is given the encoder, latents, timesteps and the other
+            arguments by name, as in ``lambda model, x, t, **kw: model(pack(x), timestep=t / 1000, **kw)`` for Flux.
+        impl: how the error's passes over features run: "eager", or "triton" for kernels that make no float32 copies.
         reduction: "mean", "sum" or "none" (per sample).
 
     Raises:
-        ValueError, TypeError: an unknown option, a layer the model does not have, an adapter merged into its weights.
+        ValueError, TypeError: an unknown option, a layer that the model does not have, or an adapter merged into its
+            weights.
         ImportError: ``impl="triton"`` without triton.
 
     >>> from diffusers import UNet2DModel
@@ -106,7 +112,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         if call is not None and not callable(call):
             raise bad("call", "None or a function that calls the model", type(call).__name__, TypeError)
         if impl == "triton":
-            importlib.import_module("ncp_loss.fused")  # what was asked for by name and is not there is an error, now
+            importlib.import_module("ncp_loss.fused")  # raises here, not at the first step, where triton is missing
         check_choice("reduction", reduction, REDUCTIONS)
         self.schedule = NoiseSchedule.from_scheduler(schedule)
         self.step, self.difference, self.reduction = step, difference, reduction
@@ -125,10 +131,10 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """The batch's error, in place of ``F.mse_loss(model_pred, target)``; arguments as in :meth:`errors`.
+        """The batch's error, in place of ``F.mse_loss(model_pred, target)``. The arguments are those of :meth:`errors`.
 
         Returns:
-            0-dim, or (B,) with ``reduction="none"``; float32 or better.
+            A 0-dim tensor, or (B,) with ``reduction="none"``, in float32 or better.
         """
         for name in {"ref_pred", "pairs"} & model_kwargs.keys():
             raise bad(name, "given to ncp.errors(...), which compares with a reference", "given to ncp(...)", TypeError)
@@ -150,35 +156,39 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         pairs: bool = False,
         **model_kwargs: Any,
     ) -> Errors:
-        """Per-sample errors of the model and, from the same points, of a reference.
+        """Per-sample errors of the model and, evaluated at the same points, of a reference model.
 
-        ``ref_error - error``, a sample's margin, keeps its own digits however alike the two predictions are. The
-        gradient is computed here, with the error: nothing of the encoder is held for the trainer's backward pass. The
-        encoder is called once a point, each time with exactly the conditioning that is given, and must draw no random
-        numbers; it runs in eval mode.
+        The margin ``ref_error - error`` is exact to its own digits, however alike the two predictions are. The gradient
+        of ``error`` is computed here, so nothing of the encoder is kept for the trainer's backward pass. The encoder is
+        called once for each point, with exactly the conditioning that is given. It runs in eval mode, and must draw no
+        random numbers.
 
         Args:
-            model_pred: what the model predicted, (B, C, H, W); gradients flow through it alone.
-            target: what it should have, which the trainer's MSE takes: noise, velocity, sample or flow, (B, C, H, W).
-            noisy_latents: x_t as the model gets them, (B, C, H, W): after ``scale_model_input`` where an Euler-like
-                scheduler's ``add_noise`` made them.
-            timesteps: t, int64 or whole floats in [0, T), 0-dim or (B,); for a flow sigma * T, any float in [0, T].
+            model_pred: the model's prediction, (B, C, H, W). Gradients flow through it alone.
+            target: the true prediction, (B, C, H, W), as the trainer's MSE takes it: noise, velocity, sample or flow.
+            noisy_latents: x_t, (B, C, H, W), as the model gets them. Latents from the ``add_noise`` of an Euler-like
+                scheduler must have gone through its ``scale_model_input``.
+            timesteps: t, 0-dim or (B,), whole numbers in [0, T), as integers or floats; for a flow ``sigma * T``, any
+                numbers in [0, T].
             encoder_hidden_states: the text condition, (B, L, D).
             ref_pred: the reference model's prediction, (B, C, H, W).
-            variance_noise: z of the reverse step, (B, C, H, W). Without it z is drawn from ``generator``, and without
-                that it is 0: it moves the point where features are compared, never the difference of the latents.
-            generator: draws z, and t' for ``step="uniform"`` (the global one draws t' where this is None).
-            pairs: the batch holds winners, then their losers, which share timestep and noise, and what is drawn here.
+            variance_noise: z of the reverse step, (B, C, H, W). If it is None, z is drawn from ``generator``, and if
+                that is None too, z is 0. z moves the point at which features are compared. It does not change the
+                difference of the latents.
+            generator: draws z and, for ``step="uniform"``, t'. If it is None, the global generator draws t'.
+            pairs: whether the batch holds winners and then their losers. The members of a pair share timestep, noise
+                and what is drawn here.
             **model_kwargs: passed to the model's forward (``added_cond_kwargs``, ``class_labels``, masks, ...).
 
         Returns:
-            error (B,), ref_error (B,) or None; float32 or better; ref_error carries no gradient.
+            ``error``, (B,), and ``ref_error``, (B,) or None, in float32 or better. ``ref_error`` has no gradient.
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
-            RuntimeError: the weights shared with ``unet`` have changed, or become trainable, since its first call; the
-                loss is used by a second thread or a hook while a pass runs; a second derivative is asked for.
+            RuntimeError: weights shared with ``unet`` have changed or become trainable since the first call; a second
+                thread or a hook uses the loss while a pass runs; or a second derivative is asked for.
         """
+        # Each check relies on those before it.
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
         check_flag("pairs", pairs)
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
@@ -187,16 +197,19 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         check_generator("generator", generator)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:
+            # Of the targets only noise is the same for both members. A velocity or x_0 depends on the image.
             noise = target if self.schedule.prediction_type == "epsilon" else None
             check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
 
-        # From here to the encoder's door in float32 at least, whatever the model's dtype.
+        # Latents are computed in float32 or better, whatever the model's dtype. The encoder casts them to that.
         dtype = at_least_float32(noisy_latents, model_pred)
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
-        check_noisy(self.schedule, noisy_latents, timesteps)
+        check_noisy(self.schedule, noisy_latents, timesteps)  # reverse_step has checked the timesteps
         z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach()
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
+        # All that has the batch first, so that it can be split. The gap is computed from the predictions, since the
+        # difference of the two displacements would lose digits.
         batch: dict[str, Any] = {
             "base": back.latents(x, truth, z),
             "displacement": back.displacement(prediction, truth),
@@ -209,23 +222,26 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         trains = torch.is_grad_enabled() and model_pred.requires_grad
         evaluate = partial(self._evaluate, trains=trains, given=noisy_latents.dtype)
         if self.chunk_size is None:
-            error, ref_error, slope = evaluate(**batch)
+            error, ref_error, slope = evaluate(batch)
         else:
             groups = 2 if pairs else 1
-            chunks = [evaluate(**take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
+            chunks = [evaluate(take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
             error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
         return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)
 
     @torch.no_grad()
     def _evaluate(
-        self, *, trains: bool, given: torch.dtype, timesteps: Tensor, model_kwargs: Mapping[str, Any], **moves: Any
+        self, batch: Mapping[str, Any], *, trains: bool, given: torch.dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``error``, ``ref_error`` and, where it is wanted, the derivative of ``error`` by the prediction."""
-        encode = partial(self._encoder, timesteps=timesteps, conditioning=model_kwargs, given=given)
-        base, B = moves["base"], moves["B"]
+        """``error``, ``ref_error`` and, if it is wanted, the derivative of ``error`` by the prediction.
+
+        ``batch`` has the entries that :meth:`errors` puts there, in the same order, for all samples or for some.
+        """
+        base, d, reference, gap, B, timesteps, conditioning = batch.values()
+        encode = partial(self._encoder, timesteps=timesteps, conditioning=conditioning, given=given)
         dtype = self._encoder.compute_dtype(base.device)
-        estimator = choose(self.difference, dtype, base.device)
-        points = stencil(base, moves["displacement"], moves["reference"], moves["gap"], estimator)
+        points = stencil(base, d, reference, gap, choose(self.difference, dtype, base.device))
+        # The evaluation with a graph comes last, so that its activations are not in memory during the others.
         at_point = trains and points.graph is points.latents[0]
         first, *others = points.latents
         features = [] if at_point else [encode(first) if trains else self._encoder.reached(encode, first)]
@@ -233,23 +249,28 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         if trains:
             graph, pull_back = linearized(encode, points.graph)
             features = [graph, *features] if at_point else features
-        if self._encoder.compute_dtype(base.device) != dtype:  # as features show, and weights could not tell
-            return self._evaluate(trains=trains, given=given, timesteps=timesteps, model_kwargs=model_kwargs, **moves)
+        # The features may show another dtype than the weights. Then the estimator was the wrong one: start again.
+        if self._encoder.compute_dtype(base.device) != dtype:
+            return self._evaluate(batch, trains=trains, given=given)
         options = self.normalize, B if self.weighting == "noise" else None, self.impl
         errors, cotangents, size = feature_errors(features, points, self._encoder.weights, *options)
         slope = pull_back(cotangents()) if trains else None
+        # By the chain rule: the prediction moves the latents by B, and the cotangents lack the factor `size`.
         return *errors, slope if slope is None else per_sample(size * B, slope) * slope
 
     def features(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **model_kwargs: Any
     ) -> dict[str, Tensor]:
-        """What the frozen encoder sees: {layer: features}, in the dtype it computes in.
+        """The frozen encoder's features by layer, in the dtype that the model computes in.
 
         Args:
-            latents: at the noise level of ``timesteps``, (B, C, H, W).
-            timesteps: in [0, T], int64 or float, 0-dim or (B,).
+            latents: latents at the noise level of ``timesteps``, (B, C, H, W).
+            timesteps: numbers in [0, T], integers or floats, 0-dim or (B,).
             encoder_hidden_states: the text condition, (B, L, D).
             **model_kwargs: passed to the model's forward.
+
+        Returns:
+            The features of each layer, with one row for each sample, (B, ...).
 
         Raises:
             ValueError, TypeError, RuntimeError: as in :meth:`errors`.
@@ -260,7 +281,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         return self._encoder(latents, timesteps, conditioning, latents.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseConditionedPerceptualLoss:
-        """``ncp.to(...)`` converts the encoder's own copies (full fine-tuning), never the user's weights."""
+        """Let ``ncp.to(...)`` convert the encoder's own copies (full fine-tuning), and never the user's weights."""
         self._encoder.apply(fn)
         super()._apply(fn, recurse)
         return self

@@ -1,4 +1,4 @@
-"""objectives: preference losses on per-sample errors, lower error = better, whatever the errors were measured in."""
+"""objectives: preference losses on per-sample errors of any kind, where a lower error is better."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .tensors import at_least_float32
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust", "linear", "dmpo")
 REDUCTIONS = ("mean", "sum", "none")
-# As published: the slope and the bounds of Linear-DPO's weight, and DMPO's target for the loser.
+# As published: the slope and the lower bound of Linear-DPO's weight, and DMPO's target probability of the loser.
 LINEAR_SLOPE, LINEAR_FLOOR = 0.2, 1e-3
 DMPO_TARGET = 0.01
-# A reference's error counts as no less and no more, so that a pair of which it says nothing makes no beta infinite.
+# relative_beta clamps the reference's error to this range, so that no beta is infinite or 0.
 ERROR_RANGE = 1e-30, 1e30
 
 
 class PreferenceOutput(NamedTuple):
-    """A loss, and detached 0-dim tensors to log."""
+    """A loss, and metrics to log, which are 0-dim tensors without gradient."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
 def reduce_batch(per_sample: Tensor, reduction: str) -> Tensor:
-    """(B,) -> the batch's mean or sum, or (B,) as it is for "none"."""
+    """(B,) -> the mean or the sum, 0-dim, or (B,) unchanged for "none"."""
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return per_sample
@@ -62,28 +62,33 @@ def dpo_loss(
     sft_weight: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Direct preference optimisation on denoising errors (Diffusion-DPO; paper, eq. 18), and its relatives.
+    r"""Direct preference optimisation on denoising errors, and variants of it.
 
-    ``z = beta [(rejected - ref_rejected) - (chosen - ref_chosen)]``, beta times the margin; then per pair
+    It is Diffusion-DPO (arXiv 2311.12908) on latent errors, and NCP-DPO (paper, eq. 18) on perceptual ones.
 
-    - "sigmoid": ``-(1 - s) log sigmoid(z) - s log sigmoid(-z)`` with label smoothing s,
-    - "hinge": ``max(0, 1 - z)``,
-    - "ipo": ``(z / beta - 1 / (2 beta))^2``,
-    - "robust": ``[-(1 - s) log sigmoid(z) + s log sigmoid(-z)] / (1 - 2 s)``, the loss without bias where labels are
-      flipped with probability s (arXiv 2403.00409),
-    - "linear": ``beta w (chosen - rejected)``, ``w = clamp(1/2 - 0.2 z, 0.001, 0.999)`` held constant: its gradient is
-      DPO's with w for sigmoid(-z) (Linear-DPO, arXiv 2605.21123, whose code leaves out the factor beta),
-    - "dmpo": ``KL[(p, 1 - p) || (0.99, 0.01)]``, ``p = sigmoid(z)`` (DMPO, arXiv 2507.07510),
+    With ``z = beta [(rejected - ref_rejected) - (chosen - ref_chosen)]``, beta times the margin, the loss of a pair is
 
-    each ``+ sft_weight * chosen``.
+    - "sigmoid": ``-(1 - s) log sigmoid(z) - s log sigmoid(-z)`` with label smoothing s;
+    - "hinge": ``max(0, 1 - z)``, as in diffusers' scripts;
+    - "ipo": ``(z / beta - 1 / (2 beta))^2``, as in diffusers' scripts;
+    - "robust": ``[-(1 - s) log sigmoid(z) + s log sigmoid(-z)] / (1 - 2 s)``, which is unbiased if labels are flipped
+      with probability s (arXiv 2403.00409);
+    - "linear": ``beta w (chosen - rejected)`` with ``w = clamp(1/2 - 0.2 z, 0.001, 0.999)``, through which no gradient
+      flows. The gradient is DPO's with w in place of sigmoid(-z) (Linear-DPO, arXiv 2605.21123, whose code leaves out
+      the factor beta);
+    - "dmpo": ``KL[(p, 1 - p) || (0.99, 0.01)]`` with ``p = sigmoid(z)`` (DMPO, arXiv 2507.07510).
+
+    ``sft_weight * chosen`` is added to each.
 
     Args:
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
-        ref_chosen_error, ref_rejected_error: the reference model's, (B,).
-        beta: multiplies the margin of mean errors, once; nothing is halved. A number, or one for each pair, (B,).
-        loss_type: one of those above.
-        label_smoothing: probability that a preference is the wrong way round, in [0, 0.5); "sigmoid" and "robust" only.
-        sft_weight: of the winner's own error, an anchor; not negative.
+        ref_chosen_error, ref_rejected_error: the reference model's errors, (B,).
+        beta: the factor of the margin of mean errors, a positive number, or one for each pair, (B,). It enters once,
+            and nothing is halved.
+        loss_type: one of the types above.
+        label_smoothing: the probability that a preference is the wrong way round, in [0, 0.5), for "sigmoid" and
+            "robust" only.
+        sft_weight: the weight of the winner's own error, which is added as an anchor; not negative.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -121,18 +126,19 @@ def dpo_loss(
 
 @torch.no_grad()
 def relative_beta(ref_chosen_error: Tensor, ref_rejected_error: Tensor, kappa: float = 2.0) -> Tensor:
-    r"""A beta for each pair, by the reference's errors on it: margins are then relative, and of one scale everywhere.
+    r"""A beta for each pair that makes its margin relative to the reference's errors on it.
 
-    ``beta = kappa / mean(ref_chosen, ref_rejected)``, so that ``beta margin`` is kappa times the margin as a share of
-    the reference's error. Errors' scale, which differs between models, layers, steps and timesteps by orders of
-    magnitude, cancels. It needs nothing but the pair: no state, no other batch, no other process.
+    ``beta = kappa / mean(ref_chosen, ref_rejected)``, so ``beta * margin`` is kappa times the margin as a share of the
+    reference's error. The scale of errors cancels. It differs by orders of magnitude between models, layers, steps and
+    timesteps. Each pair's beta depends on this pair alone: there is no state, and nothing of other batches or processes
+    is needed.
 
     Args:
         ref_chosen_error, ref_rejected_error: the reference model's errors on winners and losers, (B,).
-        kappa: how much a relative margin counts, a positive number without unit.
+        kappa: the factor of the relative margin, a positive number without unit.
 
     Returns:
-        (B,), float32 or better, without gradient; finite for every error.
+        (B,), in float32 or better, without gradient. It is finite for every error.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -147,7 +153,7 @@ def relative_beta(ref_chosen_error: Tensor, ref_rejected_error: Tensor, kappa: f
 
 
 def _of_logits(logits: Tensor, loss_type: str, label_smoothing: float) -> Tensor:
-    """The types of loss that know of a pair only its margin times beta."""
+    """The types of loss that depend on a pair through ``z`` alone."""
     if loss_type == "hinge":
         return (1 - logits).relu()
     right, wrong = logsigmoid(logits), logsigmoid(-logits)  # log p, log(1 - p)
@@ -167,14 +173,14 @@ def cpo_loss(
     sft_weight: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Contrastive preference optimisation: no reference, and the winner's own error as an anchor (paper, eq. 19).
+    r"""Contrastive preference optimisation, which has the winner's own error in place of a reference (paper, eq. 19).
 
     ``-log sigmoid(beta (rejected - chosen)) + sft_weight * chosen`` per pair.
 
     Args:
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
-        beta: multiplies the margin of mean errors, once. A number, or one for each pair, (B,).
-        sft_weight: lambda, not negative.
+        beta: the factor of the margin of mean errors, a positive number, or one for each pair, (B,).
+        sft_weight: the weight of the winner's own error, the paper's lambda; not negative.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -205,7 +211,7 @@ def sft_loss(chosen_error: Tensor, *, reduction: str = "mean") -> Tensor:
         0-dim, or (B,) for "none".
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape or dtype, an unknown reduction.
+        ValueError, TypeError: an argument of the wrong shape or dtype, or an unknown reduction.
 
     >>> sft_loss(torch.tensor([0.25, 0.75]))
     tensor(0.5000)
@@ -223,17 +229,17 @@ def mapo_loss(
     steps: int = 1000,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Margin-aware preference optimisation: no reference, and the winner's own error (MaPO, arXiv 2406.06424).
+    r"""Margin-aware preference optimisation, which has the winner's error and no reference (MaPO, arXiv 2406.06424).
 
     ``chosen - beta log sigmoid(steps [f(chosen) - f(rejected)])`` per pair, ``f(e) = scale e / (exp(scale e) - 1)``.
 
     Args:
-        chosen_error, rejected_error: the model's errors on winners and losers, (B,). ``scale`` and ``beta`` are
-            published for latent errors, of order 0.1 to 1.
-        beta: weighs the preference against the winner's error; it multiplies no margin. A number, or one for each
-            pair, (B,).
-        scale: of the errors in f, a positive number.
-        steps: of the noise schedule, T; a positive number.
+        chosen_error, rejected_error: the model's errors on winners and losers, (B,). The published ``scale`` and
+            ``beta`` are for latent errors, which are of order 0.1 to 1.
+        beta: the weight of the preference beside the winner's error, a positive number, or one for each pair, (B,). It
+            multiplies no margin.
+        scale: the factor of the errors in f, a positive number.
+        steps: T, the number of steps of the noise schedule, a positive number.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -255,9 +261,11 @@ def mapo_loss(
 
 
 def _odds(y: Tensor) -> Tensor:
-    """``y / (exp(y) - 1) - 1``, with every digit of small errors and their differences, and of its derivative."""
+    """``y / (exp(y) - 1) - 1``, where neither the value for a small y nor its derivative loses digits."""
     small = y.abs() < 0.1
-    near, far = y.where(small, 0.0), y.where(~small, 1.0)  # where one is not taken, its derivative is finite
+    # The branch that is not taken is evaluated too, at a place where its derivative is finite: 0 * inf would be NaN.
+    near, far = y.where(small, 0.0), y.where(~small, 1.0)
+    # The first terms of the Taylor series, whose coefficients are Bernoulli numbers over factorials.
     series = near * (near * (1 / 12 - near.square() * (1 / 720 - near.square() / 30240)) - 0.5)
     return series.where(small, -far * (-far).exp() / (-far).expm1() - 1)
 
@@ -273,18 +281,18 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Kahneman-Tversky optimisation: samples that are each liked or not, no pairs (Diffusion-KTO, arXiv 2404.04465).
+    r"""Kahneman-Tversky optimisation on single samples, liked or not, without pairs (Diffusion-KTO, arXiv 2404.04465).
 
-    ``w (1 - sigmoid(y beta [(ref_error - error) - kl]))`` per sample, y = 1 where it is desirable and -1 elsewhere.
+    ``w (1 - sigmoid(y beta [(ref_error - error) - kl]))`` per sample, where y is 1 if it is desirable and -1 if not.
 
     Args:
         error, ref_error: the model's and the reference model's errors, (B,).
-        desirable: True for what is liked, False for what is not, a bool tensor, (B,).
-        beta: multiplies the mean errors' difference, once. A number, or one for each sample, (B,).
-        kl: the point of no gain, in units of error, a number or 0-dim tensor; below 0 it counts as 0, and it has no
-            gradient. By default the batch's own mean of ``ref_error - error``. Where a batch is spread over processes,
+        desirable: a bool tensor, (B,), True for samples that are liked.
+        beta: the factor of the difference of mean errors, a positive number, or one for each sample, (B,).
+        kl: the gain that counts as none, in units of error, a number or a 0-dim tensor. Less than 0 counts as 0. It
+            has no gradient. None is the batch's mean of ``ref_error - error``. If a batch is spread over processes,
             pass that mean over all of them.
-        desirable_weight, undesirable_weight: w of either kind of sample, not negative.
+        desirable_weight, undesirable_weight: w of each kind of sample, not negative.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -305,6 +313,7 @@ def kto_loss(
     desirable_weight = _check_weight("desirable_weight", desirable_weight)
     undesirable_weight = _check_weight("undesirable_weight", undesirable_weight)
     gain = ref_error.to(at_least_float32(ref_error)) - error
+    # As published, the reference point takes no part in the gradient and is never below 0.
     kl = gain.mean() if kl is None else _check_kl(kl, gain)
     advantage = beta * (gain - kl.detach().clamp(min=0))
     liked, disliked = desirable_weight * (-advantage).sigmoid(), undesirable_weight * advantage.sigmoid()
@@ -319,18 +328,19 @@ def preference_metrics(
     ref: tuple[Tensor, Tensor] | None,
     beta: float | Tensor,
 ) -> dict[str, Tensor]:
-    """What trainers log, by the names they use: ``rewards/* = beta * (ref_error - error)``; a tie counts one half.
+    """What preference trainers log, by the names that they use, with ``rewards/* = beta * (ref_error - error)``.
 
     Args:
-        loss: of the batch, any shape.
+        loss: the batch's loss, of any shape.
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
-        ref: the reference's on winners and losers, (B,) each, or None, as for CPO.
-        beta: as in the loss, a number or one for each pair, (B,).
+        ref: the reference's errors on winners and on losers, (B,) each, or None if there is no reference, as in CPO.
+        beta: that of the loss, a positive number, or one for each pair, (B,).
 
     Returns:
-        0-dim tensors without gradient: ``loss``, ``raw_model_loss``, ``ref_loss`` where there is a reference,
-        ``implicit_acc``, ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and ``rewards/accuracies``.
-        Reading none, it waits for no GPU.
+        0-dim tensors without gradient. ``loss`` is the mean loss. ``raw_model_loss`` and ``ref_loss`` are the mean
+        errors of the model and of a reference. ``rewards/margins`` is ``rewards/chosen`` less ``rewards/rejected``.
+        ``rewards/accuracies`` and ``implicit_acc`` are the share of pairs with a positive margin, where a tie counts
+        one half. No value is read, so the host does not wait for a GPU.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -348,7 +358,7 @@ def preference_metrics(
     beta, dtype = _check_beta(beta, chosen_error), at_least_float32(chosen_error)
     chosen, rejected = chosen_error.to(dtype), rejected_error.to(dtype)
     ref_chosen, ref_rejected = ref or (0.0, 0.0)
-    # The margin is taken as the loss takes it, so that accuracy and loss agree on which side of a tie a pair is.
+    # The margin is computed as in the loss, so that accuracy and loss agree on which side of a tie a pair is.
     margins = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
     accuracy = (0.5 * (margins.sign() + 1)).mean()
     return {
@@ -367,19 +377,20 @@ def preference_metrics(
 def by_timestep(
     values: Tensor, timesteps: Tensor, edges: Sequence[float] = (0, 250, 500, 750, 1000)
 ) -> dict[str, Tensor]:
-    """The mean of what there is one of for each sample or pair (margins, errors), by where in the schedule it was.
+    """The mean of per-sample or per-pair values, such as errors or margins, in each range of timesteps.
 
     Args:
-        values: (B,).
-        timesteps: theirs, (B,): of pairs, those of the winners alone.
-        edges: of the ranges, in rising order. A range holds its lower edge, and the last one both.
+        values: the values, (B,).
+        timesteps: the values' timesteps, (B,). For pairs these are the winners' timesteps.
+        edges: the edges of the ranges, in rising order. A range includes its lower edge, and the last one both edges.
 
     Returns:
-        By range, as in ``"0-250"``, a 0-dim tensor without gradient: the mean, or NaN where there is none to take, to
-        be averaged by ``nanmean``. Reading none, it waits for no GPU.
+        For each range, named as in ``"0-250"``, the mean, a 0-dim tensor without gradient. It is NaN if no timestep is
+        in the range, so average it over batches by ``nanmean``. No value is read, so the host does not wait for a
+        GPU.
 
     Raises:
-        ValueError, TypeError: values and timesteps of different shapes or devices, or edges that do not rise.
+        ValueError, TypeError: values and timesteps have different shapes or devices, or the edges do not rise.
 
     >>> by_timestep(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10, 300, 499]), edges=(0, 250, 500))
     {'0-250': tensor(1.), '250-500': tensor(4.)}
@@ -405,13 +416,13 @@ def by_timestep(
 def _margin(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | float = 0.0, ref_rejected: Tensor | float = 0.0
 ) -> Tensor:
-    """How much better than the reference the model is on winners than on losers, in units of error."""
+    """``(rejected - ref_rejected) - (chosen - ref_chosen)``, in units of error. A larger margin is better."""
     dtype = at_least_float32(chosen)
     return (rejected.to(dtype) - ref_rejected) - (chosen.to(dtype) - ref_chosen)
 
 
 def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
-    """A positive number, or a tensor with one for each error, whose values are looked at on the host alone."""
+    """A positive number, or a tensor with one for each error, whose values are read on the host only."""
     must_be = "a positive number, or a tensor with one for each pair, (B,)"
     if not isinstance(beta, Tensor):
         return check_number("beta", beta, must_be)
@@ -422,6 +433,7 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
 
 
 def _check_kl(kl: object, gain: Tensor) -> Tensor:
+    """A number or a 0-dim tensor, as a tensor on the errors' device."""
     if isinstance(kl, Tensor) and check_floating("kl", kl).ndim:
         raise bad("kl", "a number or a 0-dim tensor", f"shaped {tuple(kl.shape)}")
     if isinstance(kl, Tensor) and not values_are_free(kl):

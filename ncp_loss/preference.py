@@ -1,4 +1,4 @@
-"""preference: the objectives on pre-noised latents, the one call that a preference-training loop makes."""
+"""preference: the objectives on predictions: the one call that a preference-training loop makes."""
 
 from __future__ import annotations
 
@@ -34,24 +34,25 @@ def ncp_dpo_loss(
 ) -> PreferenceOutput:
     r"""NCP-DPO (paper, eq. 18): direct preference optimisation on perceptual errors.
 
-    ``-log sigmoid(beta [(PLl - PLl_ref) - (PLw - PLw_ref)])`` with PL the error of
-    :class:`NoiseConditionedPerceptualLoss` on winners (w) and losers (l).
+    ``-log sigmoid(beta [(PLl - PLl_ref) - (PLw - PLw_ref)])``, where PL is the error that
+    :class:`NoiseConditionedPerceptualLoss` gives on winners (w) and losers (l).
 
-    The batch holds B winners, then their B losers: 2B rows in every tensor. Timesteps, noise and ``variance_noise``
-    are the same for both members of a pair.
+    The batch holds B winners and then their B losers, so every tensor has 2B rows. Both members of a pair must have the
+    same timestep, noise and ``variance_noise``.
 
     Args:
-        ncp: the loss.
+        ncp: the loss that computes the errors.
         model_pred, target, noisy_latents: (2B, C, H, W), as in :meth:`NoiseConditionedPerceptualLoss.errors`.
         timesteps: 0-dim or (2B,).
         encoder_hidden_states: the text condition, (2B, L, D).
-        ref_pred: the reference model's prediction, (2B, C, H, W); or else
-        ref_error: its error, (2B,), computed earlier by ``ncp.errors(..., pairs=True)`` at the same noise, timesteps
-            and draws: the same ``variance_noise``, or a ``generator`` in the state it had then, or neither.
-        beta: multiplies the margin of mean errors, once; a number, or one for each pair, (B,). The errors' scale
-            depends on model, layer and timestep: watch ``metrics["rewards/margins"]``, which should reach order one.
-        kappa: takes beta's place: each pair's is then ``relative_beta(ref_chosen, ref_rejected, kappa)``, kappa over
-            the reference's mean error on it, and that scale need not be known. 2 is a place to begin.
+        ref_pred: the reference model's prediction, (2B, C, H, W). Either this or ``ref_error`` is given.
+        ref_error: the reference model's error, (2B,), computed earlier by ``ncp.errors(..., pairs=True)`` with the same
+            noise, timesteps and draws: the same ``variance_noise``, a ``generator`` in the same state, or neither.
+        beta: the factor of the margin of mean errors, a positive number, or one for each pair, (B,). The scale of
+            errors depends on model, layer and timestep: ``metrics["rewards/margins"]`` should reach order one.
+        kappa: a positive number that takes beta's place. Each pair's beta is then
+            ``relative_beta(ref_chosen, ref_rejected, kappa)``, kappa divided by the reference's mean error on the pair,
+            so that the scale of errors need not be known. 2 is a value to begin with.
         loss_type, label_smoothing, sft_weight, reduction: as in :func:`dpo_loss`.
         variance_noise, generator, **model_kwargs: as in :meth:`NoiseConditionedPerceptualLoss.errors`.
 
@@ -60,8 +61,9 @@ def ncp_dpo_loss(
         rewards/margins, rewards/accuracies``, with ``rewards/* = beta * (ref_error - error)``.
 
     Raises:
-        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error``, a beta beside kappa, an odd batch,
-            pairs that differ in what they must share (where values can be read for free), or another bad argument.
+        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error`` are given, a beta is given beside
+            kappa, the batch is odd, the members of a pair differ in what they must share (checked on the host only), or
+            another argument is bad.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
@@ -115,7 +117,7 @@ def ncp_cpo_loss(
 ) -> PreferenceOutput:
     r"""NCP-CPO (paper, eq. 19): no reference model.
 
-    ``-log sigmoid(beta (PLl - PLw)) + sft_weight * PLw``; the batch is laid out as in :func:`ncp_dpo_loss`.
+    ``-log sigmoid(beta (PLl - PLw)) + sft_weight * PLw``. The batch is laid out as in :func:`ncp_dpo_loss`.
 
     Args:
         ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states: as in :func:`ncp_dpo_loss`.
@@ -123,10 +125,10 @@ def ncp_cpo_loss(
         variance_noise, generator, **model_kwargs: as in :meth:`NoiseConditionedPerceptualLoss.errors`.
 
     Returns:
-        The loss and metrics, as of :func:`ncp_dpo_loss` without ``ref_loss``; ``rewards/* = -beta * error``.
+        The loss and the metrics of :func:`ncp_dpo_loss` without ``ref_loss``. ``rewards/* = -beta * error``.
 
     Raises:
-        ValueError, TypeError: an odd batch, or another bad argument.
+        ValueError, TypeError: the batch is odd, or another argument is bad.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
@@ -156,19 +158,19 @@ def ncp_sft_loss(
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> PreferenceOutput:
-    """NCP-SFT: the perceptual error of a batch of winners only, PLw.
+    """NCP-SFT: PLw, the perceptual error of a batch of winners only.
 
     Args:
         ncp, model_pred, target, noisy_latents, timesteps, encoder_hidden_states: B winners, as in
             :meth:`NoiseConditionedPerceptualLoss.errors`.
         reduction: "mean", "sum" or "none".
-        variance_noise, generator, **model_kwargs: as there.
+        variance_noise, generator, **model_kwargs: as in the same method.
 
     Returns:
-        The loss, and ``loss`` and ``raw_model_loss`` as metrics.
+        The loss, and the metrics ``loss`` and ``raw_model_loss``.
 
     Raises:
-        ValueError, TypeError: a bad argument.
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))

@@ -55,7 +55,7 @@ class ReverseStep(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What a schedule reads of a diffusers scheduler. Comparing two readings tells whether the scheduler changed."""
+    """What a schedule reads of a diffusers scheduler. Two readings are compared to see if the scheduler changed."""
 
     betas: Any
     alphas_cumprod: Tensor | None  # None while it is on another device: the scheduler's add_noise moves it there
@@ -90,7 +90,7 @@ class _Settings(NamedTuple):
         )
 
     def differ(self, now: _Settings) -> bool:
-        """Whether the scheduler has been given other settings. A product that has moved to a device tells nothing."""
+        """Whether the scheduler's settings have changed. A product that is on a device now is not compared."""
         of_betas = self.betas is not now.betas or self.versions[0] != now.versions[0]
         same_product = self.alphas_cumprod is now.alphas_cumprod and self.versions[1] == now.versions[1]
         return of_betas or self[3:] != now[3:] or not (same_product or now.alphas_cumprod is None)
@@ -198,18 +198,32 @@ class Schedule(ABC):
             vars(self).update(vars(now))
 
     def alpha(self, timesteps: Tensor) -> Tensor:
-        """The signal's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        """The scale of the signal: alpha in ``x_t = alpha(t) x_0 + sigma(t) eps``.
+
+        Args:
+            timesteps: t, of any shape, whole numbers in [-1, T). -1 is the clean end, where alpha = 1 and sigma = 0.
+                For a flow these are any numbers in [0, T], and 0 is the clean end.
+
+        Returns:
+            alpha, shaped like ``timesteps``, in float64.
+
+        Raises:
+            ValueError, TypeError: timesteps of the wrong dtype or out of range.
+        """
         return self._scales(self._checked(timesteps, self._clean_end))[0]
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """The noise's scale at ``timesteps``, any shape, float64. The clean end is at -1, that of a flow at 0."""
+        """The scale of the noise: sigma in ``x_t = alpha(t) x_0 + sigma(t) eps``. All else is as for :meth:`alpha`."""
         return self._scales(self._checked(timesteps, self._clean_end))[1]
 
     def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
         """The timestep t' that follows t in the reverse process, shaped like ``timesteps``.
 
-        This is ``t - step``, or the clean end if no such timestep is left; the clean end for "clean"; and a timestep
-        drawn at random for "uniform". The clean end is -1, and 0 for a flow.
+        For ``step=k`` it is k steps before t, and the clean end if there are fewer. For "clean" it is the clean end.
+        For "uniform" it is drawn at random, by ``generator`` if that is given. ``timesteps`` are as for :meth:`alpha`.
+
+        Raises:
+            ValueError, TypeError: an argument of the wrong type, dtype or value.
         """
         check_step(step)
         check_generator("generator", generator)
@@ -230,11 +244,13 @@ class Schedule(ABC):
         A prediction o gives estimates of ``x_0`` and ``eps``, which are affine in o. The step takes these to
         ``x_t' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z`` with
         ``s = eta (sigma'/sigma) sqrt(1 - alpha^2/alpha'^2)``, and A, B and s of the result are returned.
-        For ``step=k`` eta is 1, which is the DDPM posterior. For "uniform" and "clean" eta is 0, which is DDIM.
+        For ``step=k`` eta is 1, which is the DDPM posterior (arXiv 2006.11239). For "uniform" and "clean" eta is 0,
+        which is DDIM (arXiv 2010.02502).
 
         Args:
             timesteps: t, (B,), whole numbers in [0, T) of any dtype; for a flow any numbers in [0, T].
-            step: the number of timesteps to go back, 1 or more; "uniform", to a t' drawn at random; or "clean", to x_0.
+            step: the number of timesteps to go back, 1 or more, or "uniform" for a t' drawn at random, or "clean" for
+                the clean end.
             dtype: that of the coefficients. They are computed in float64 and then rounded.
             generator: draws t' for "uniform".
             pairs: whether the second half of the batch shares its drawn t' with the first.
@@ -255,7 +271,7 @@ class Schedule(ABC):
         if timesteps.ndim != 1 or (pairs and len(timesteps) % 2):
             must_be = "an even batch, (2B,): winners first, then their losers" if pairs else "of shape (B,)"
             raise bad("timesteps", must_be, f"shaped {tuple(timesteps.shape)}")
-        t = timesteps.long() if self._whole else timesteps
+        t = timesteps.long() if self._whole else timesteps  # an index, and no small integer, which would overflow
         if step == "uniform" and pairs:
             after = self._after(t[: len(t) // 2], step, generator).repeat(2)
         else:
@@ -357,7 +373,7 @@ class NoiseSchedule(Schedule):
         """A, B and s of the step from ``t`` to ``after``, by their formulas."""
         (alpha, sigma), (alpha_, sigma_) = self._scales(t), self._scales(after)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-        posterior = isinstance(step, int)  # eta = 1
+        posterior = isinstance(step, int)  # eta = 1: s is the posterior's standard deviation
         s = (sigma_ / sigma) * (1 - (alpha / alpha_).square()).clamp(min=0).sqrt() if posterior else zero
         noise = (sigma_.square() - s.square()).clamp(min=0).sqrt()
         # The estimates of x_0 and eps, each as (factor of x_t, factor of the prediction).
@@ -399,7 +415,7 @@ def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch
 
 @NoiseSchedule.register  # whatever takes a NoiseSchedule takes a flow too, so isinstance says that it is one
 class FlowSchedule(Schedule):
-    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps``.
+    r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps`` (as in SD 3, arXiv 2403.03206).
 
     A timestep is ``sigma * steps``, any number in [0, steps], as in trainers of SD 3 and Flux. Steps are counted on a
     grid that is uniform in u, where ``sigma = shift u / (1 + (shift - 1) u)``, and ``step=k`` goes from u to
@@ -463,6 +479,7 @@ class FlowSchedule(Schedule):
             device = sigma.device if generator is None else generator.device
             u = torch.rand(sigma.shape, generator=generator, device=device, dtype=torch.float32).to(sigma)
         else:
+            # The inverse of the shift gives u of sigma. One step back is 1/T less.
             u = (sigma / (self.shift - (self.shift - 1) * sigma) - step / self.steps).clamp(min=0)
         return self._timesteps(u)
 

@@ -1,4 +1,4 @@
-"""tensors: what several files ask of a batch: one number for each sample, digits enough, a few samples at a time."""
+"""tensors: small helpers for batches that any file may use: shapes, dtypes, and a few samples at a time."""
 
 from __future__ import annotations
 

@@ -14,37 +14,38 @@ from .watch import Link, Watch, check_base, is_sharded, layers_inside
 
 M = TypeVar("M", bound=nn.Module)
 
-# Instance state that redirects a call to the module it was made for: accelerate's mixed-precision and offload wrappers,
-# adapters that override `forward` on the instance, `module.compile()`.
+# Attributes of an instance that redirect calls to the module for which they were made. accelerate's mixed-precision and
+# offload wrappers, adapters that override `forward` on the instance and `module.compile()` put them there.
 _BOUND_TO_ORIGINAL = (
     *("forward", "train", "eval"),
     *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
 )
-_OF_FSDP = "__composable_api"  # what FSDP2 keeps on an instance, each name with a number of its own
+_OF_FSDP = "__composable_api"  # how the names of FSDP2's attributes begin
 
 
 def frozen_view(model: M) -> M:
-    """The model without its adapters, sharing its weights: a reference model at no cost.
+    """The model without its adapters, sharing its weights: a reference model that takes no memory of its own.
 
-    A second module tree over the same parameters. PEFT's tuner layers (LoRA, DoRA, LoHa, ...) are replaced by the layer
-    they wrap, wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are left out, and nothing of
-    ``model`` is touched or toggled. Adapters may be added to ``model`` before or after. The view has none of them;
-    where the reference is to have one, merge it into the weights first (``merge_and_unload``). The view is in eval
-    mode, without gradient checkpointing, and has flags of its own. A weight that is trainable, as in full fine-tuning,
-    is copied, so that the view stays where it is while the model trains; freeze first to share. What is shared is one
-    weight: ``view.to(dtype)`` converts it in both. Being a Module, as an attribute of another the view would enter
-    that one's state_dict.
+    The view is a second tree of modules over the same parameters. Each of PEFT's tuner layers (LoRA, DoRA, LoHa, ...)
+    is replaced by the layer that it wraps. Wrappers (DDP, ``torch.compile``, ``PeftModel``, accelerate) and hooks are
+    left out. ``model`` itself is not changed. Adapters may be added to ``model`` before or after, and the view has none
+    of them. If the reference is to have an adapter, merge it into the weights first (``merge_and_unload``).
+
+    The view is in eval mode and without gradient checkpointing, and its flags are its own. A weight that is trainable,
+    as in full fine-tuning, is copied, so that it stays the same while the model trains. Freeze it first to share it.
+    ``view.to(dtype)`` converts shared weights in the model too. The view is a Module: if you make it an attribute of
+    another Module, its weights appear in that one's state_dict.
 
     Args:
         model: any diffusers model, or a wrapper around one.
 
     Returns:
-        A module of the unwrapped model's class, to be called like it, under ``torch.no_grad()``.
+        A module of the unwrapped model's class. Call it like the model, under ``torch.no_grad()``.
 
     Raises:
         ValueError: an adapter is merged into the weights, has rewritten them (PiSSA, OLoRA, ...), or cannot be left
-            out: one that parametrizes a weight, or took it from its layer; a hook makes weights, or offloads them.
-        RuntimeError: when called, if shared weights have changed, or become trainable, since the view's first call.
+            out, since it parametrizes a weight or took it from its layer; or a hook makes or offloads weights.
+        RuntimeError: when the view is called, if shared weights have changed or become trainable since its first call.
 
     >>> from torch import nn
     >>> layer = nn.Linear(2, 2).requires_grad_(False)
@@ -62,17 +63,20 @@ def frozen_view(model: M) -> M:
 
 
 def twin_of(model: nn.Module, name: str = "unet") -> tuple[nn.Module, list[Link]]:
-    """The twin of the model inside all wrappers, and where each of its layers came from; ``name`` is the argument's."""
+    """The twin of the model inside all wrappers, and for each of its layers the place from which it came.
+
+    ``name`` is what messages call the model.
+    """
     links: list[Link] = []
     return _twin("", {"": _unwrapped(model)}, "", name, {}, links), links
 
 
 def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Give each module that would change, or is sharded, whole tensors of its own; return those modules.
+    """Give each module whose tensors would change, or are sharded, whole tensors of its own. Return these modules.
 
-    Weights change where they are trainable, the buffers of batch and spectral norms whenever the model runs to train.
+    Trainable weights change, and so do the buffers of batch and spectral norms when the model runs in train mode.
     """
-    copies: dict[int, Tensor] = {}  # tied weights stay tied
+    copies: dict[int, Tensor] = {}  # by the original's id, so that tied weights stay tied
 
     def own(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
@@ -82,6 +86,7 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
     owned = {}
     for name, module in modules.items():
+        # torch's spectral norm is a parametrization, _SpectralNorm, which torch does not export.
         changes = any(p.requires_grad or is_sharded(p) for p in module._parameters.values() if p is not None)
         if changes or (module._buffers and (isinstance(module, _NormBase) or type(module).__name__ == "_SpectralNorm")):
             for home in ("_parameters", "_buffers"):
@@ -93,7 +98,7 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel, DeepSpeed's engine, torch.compile or PeftModel, in any nesting."""
-    while not isinstance(model, torch.jit.ScriptModule):  # which is refused
+    while not isinstance(model, torch.jit.ScriptModule):  # layers_inside refuses it
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif list(model._modules) == ["module"]:
@@ -113,7 +118,11 @@ def _twin(
     memo: dict[int, nn.Module],
     links: list[Link],
 ) -> nn.Module:
-    """The layer at ``modules[key]`` anew, parameters and buffers shared; no adapters, hooks or instance overrides."""
+    """A new module for the layer at ``modules[key]``, and for all below it, with the same parameters and buffers.
+
+    Adapters, hooks and what overrides methods on the instance are left out. ``memo`` has the twins made so far, by the
+    original's id, so that a layer which stands in two places has one twin.
+    """
     outer = modules[key]
     assert outer is not None
     layers = layers_inside(outer, path, name)
@@ -123,14 +132,15 @@ def _twin(
         return memo[id(module)]
     check_base(module, path, name)
     mro = type(module).__mro__
-    of_fsdp = mro[1].__name__ == "FSDPModule"  # FSDP2 puts itself before the class of what it shards
+    of_fsdp = mro[1].__name__ == "FSDPModule"  # FSDP2 makes a class of its own of FSDPModule and the module's class
     twin: nn.Module = object.__new__(mro[2] if of_fsdp else mro[0])
     memo[id(module)] = twin
     links.append(Link(path, modules, key, twin, layers))
     kept = [key for key in vars(module) if key not in _BOUND_TO_ORIGINAL and not key.startswith(_OF_FSDP)]
     state = {key: vars(module)[key] for key in kept}
-    # The dictionaries of tensors are shared, not only the tensors, so that model.to(...) reaches the twin too.
+    # The twin shares the dictionaries of tensors, not only the tensors. So what model.to(...) puts there, it has too.
     tensors = {key: state[key] for key in ("_parameters", "_buffers", "_non_persistent_buffers_set")}
+    # vars(nn.Module()) has new, empty dictionaries for hooks and children.
     state |= vars(nn.Module()) | tensors | {"training": False}
     if "gradient_checkpointing" in state:
         state["gradient_checkpointing"] = False

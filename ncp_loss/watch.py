@@ -1,4 +1,4 @@
-"""watch: which layer is the base model's, and when the weights that a view shares are no longer its."""
+"""watch: finds the base model's layers inside adapters, and raises an error when shared weights have changed."""
 
 from __future__ import annotations
 
@@ -16,48 +16,52 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .checks import bad
 
-_WRAPPED = ("base_layer", "original_module", "_orig_mod")  # a tuner's, a saved module's, a compiled module's own layer
-_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # PEFT's initialisations by name that write to adapters only
-_MOVERS = ("layerwise_casting", "group_offloading", "lazy_prefetch_group_offloading")  # diffusers' hooks on weights
+# Under these names PEFT's tuners, PEFT's modules to save, and torch.compile keep the layer that they wrap.
+_WRAPPED = ("base_layer", "original_module", "_orig_mod")
+# PEFT's initialisations that write to the adapter only, and not to the base weights.
+_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+# diffusers' hooks that convert or move weights.
+_MOVERS = ("layerwise_casting", "group_offloading", "lazy_prefetch_group_offloading")
 
 
 class Link(NamedTuple):
-    """Where the user's model holds a layer whose twin the view has; the layer, those that it wraps, its override."""
+    """A place in the user's model, what stands there, and the view's twin of it."""
 
     path: str
-    modules: Mapping[str, nn.Module | None]
+    modules: Mapping[str, nn.Module | None]  # the parent's children, among which the layer stands at `key`
     key: str
     twin: nn.Module
-    layers: tuple[nn.Module, ...]
-    forward: Any = None  # what LyCORIS and kohya's LoRA put on the innermost layer's instance
+    layers: tuple[nn.Module, ...]  # the outermost wrapper first, the base model's layer last
+    forward: Any = None  # an override of `forward` on the base layer's instance, as of LyCORIS and kohya's LoRA
 
 
 @dataclass
 class _Weight:
-    """A tensor of the user's model that the view computes with: where it lives, and how it was found."""
+    """A tensor of the user's model with which the view computes, and how it was when last looked at."""
 
     path: str
-    home: Mapping[str, Tensor | None]
+    home: Mapping[str, Tensor | None]  # the module's dictionary, in which the tensor stands at `key`
     key: str
     tensor: Tensor
     kind: Any = None  # device and dtype
-    state: Any = None  # version and address when last looked at; None before the first call, and in a copy
-    sums: Tensor | None = None  # of its rows, at the first call
-    coarsest: float = 0.0  # rounding of the coarsest dtype it has been in
-    rewritten: bool = False  # by what writes the same values again and again; its version tells nothing
+    state: Any = None  # version and address; None before the first call, and in a copy
+    sums: Tensor | None = None  # the sums of its rows at the first call
+    coarsest: float = 0.0  # the rounding of the coarsest dtype that it has had
+    rewritten: bool = False  # whether something keeps writing the same values, so that its version means nothing
 
     def forget(self) -> None:
-        """Have its values looked at again, where it has any that can be."""
+        """Have the values compared at the next call, if they can be."""
         self.state = self.state if self.sums is None else None
 
 
 class Watch:
-    """Tells when the weights that a view shares are no longer the base model's.
+    """Raises an error when the weights that a view shares are no longer the base model's.
 
-    A call compares what lies on the host: which tensors and layers are there, each tensor's version and address.
-    Where these differ, values decide, since the same weights loaded again, moved to another device or restored after
-    a merge are no change: the sums of each tensor's rows, kept since the first call. Not since construction: DDP, when
-    it wraps a model, writes the first process's weights into those of the others.
+    Each call compares what can be compared without reading a value: which tensors and layers are there, and each
+    tensor's version and address. If one of these differs, values decide, since weights that are loaded again, moved to
+    another device or restored after a merge have not changed. The sums of each tensor's rows are compared with those at
+    the first call. Those at construction would be too early: DDP, when it wraps a model, writes the first process's
+    weights into those of the others.
     """
 
     def __init__(
@@ -74,15 +78,16 @@ class Watch:
         self._listen()
 
     def __call__(self, *_: Any) -> None:
-        """As a forward pre-hook of the view. What a compiler makes of it is nothing."""
+        """Check, as a forward pre-hook of the view. A compiled call checks nothing."""
         if not torch.compiler.is_compiling():
             self.check()
 
     def check(self) -> None:
-        """Raises where a shared tensor became trainable or changed, or an adapter was merged into one."""
+        """Raise if a shared tensor became trainable or changed, or if an adapter was merged into one."""
         for path, merged in self._merges:
             if merged:
                 raise _merged(path, self.name)
+        # Adapters come and go around a layer. A place that holds other layers than before has its weights compared.
         for i, link in enumerate(self._links):
             layer = link.modules.get(link.key)
             layers = () if layer is None else layers_inside(layer, link.path, self.name)
@@ -90,7 +95,7 @@ class Watch:
             if layers != link.layers or forward != link.forward:
                 self._expect(link, layers)
                 self._links[i] = link._replace(layers=layers, forward=forward)
-        if self.stirred:  # a layer was put in the place of another, perhaps by an adapter that came, merged, and went
+        if self.stirred:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
             for weight in self._weights():
                 weight.forget()
         looked = [weight for weight in self._weights() if self._differs(weight)]
@@ -101,47 +106,49 @@ class Watch:
         self.stirred = False
 
     def note(self, parent: nn.Module) -> None:
-        """A layer of ``parent`` has been replaced."""
+        """Note that a layer of ``parent`` has been replaced."""
         self.stirred |= id(parent._modules) in self._parents
 
     def _weights(self) -> Iterator[_Weight]:
         return (weight for weights in self._of_module.values() for weight in weights)
 
     def _differs(self, weight: _Weight) -> bool:
+        """Whether another tensor stands there, or the same one has been written to or moved."""
         now = weight.home.get(weight.key)
         if now is None or now.requires_grad:
             raise self._moved(weight, "was removed" if now is None else "became trainable")
         return now is not weight.tensor or _state(now, weight.rewritten) != weight.state
 
     def _expect(self, link: Link, layers: tuple[nn.Module, ...]) -> None:
-        """Other layers stand before the weights than before: look at these, and mind what rewrites them."""
+        """Have the weights' values compared, since other layers wrap them now, and note which are rewritten."""
         weights = self._of_module.get(id(link.twin), [])
         lost = set(link.layers[:-1]) - set(layers)
         for weight in weights:
             if lost and weight.sums is None:
                 raise self._moved(weight, "lost its adapter, which may have been merged into it")
             weight.forget()
-            # PEFT's target_parameters parametrizes the weight while the model runs, which writes to it each time.
+            # PEFT's target_parameters parametrizes the weight while the model runs, and so writes to it in each pass.
             weight.rewritten = any(vars(layer).get("parameter_name") == weight.key for layer in layers[:-1])
 
     def _look(self, weight: _Weight) -> None:
-        """At the values of one that is not as it was, and remember it as it is."""
+        """Compare the values of a weight with those at the first call, and remember its state as it is now."""
         now = weight.home[weight.key]
         assert now is not None
         if is_sharded(now):
             raise self._moved(weight, "was sharded over processes")
+        # Nothing was kept before the first call. In a copy the state is lost, but the sums are not.
         first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
         weight.coarsest = max(weight.coarsest, torch.finfo(now.dtype).eps / 2 if now.is_floating_point() else 0, 1e-6)
         if not first and not _same(weight, now):
             hint = "" if is_parameter else " (where the model's own forward does that, hand over copy.deepcopy(model))"
             raise self._moved(weight, "was changed" + hint)
         if not first and now is weight.tensor and not is_parameter:
-            weight.rewritten = True  # DDP writes the first process's buffers into the others' at every step
+            weight.rewritten = True  # as DDP writes the first process's buffers into the others' at every step
         weight.sums = _row_sums(now) if weight.sums is None else weight.sums
         weight.tensor, weight.kind, weight.state = now, (now.device, now.dtype), _state(now, weight.rewritten)
 
     def _check_layers(self) -> None:
-        """What construction looks at, after it."""
+        """Check again what construction checked, since something has changed."""
         for link in self._links:
             if link.layers:
                 check_base(link.layers[-1], link.path, self.name)
@@ -167,7 +174,11 @@ class Watch:
         _WATCHES.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy watches the weights it holds; of adapters it has the lists of what is merged, not the layers."""
+        """The state for a copy. The copy watches its own weights.
+
+        It has no links, which would take the user's whole model along. Of the model's adapters it keeps only the lists
+        of those that are merged, to refuse a copy into which one is merged.
+        """
         layers = [(link.path, layer) for link in self._links for layer in link.layers]
         merges = [
             (path, merged) for path, layer in layers if (merged := vars(layer).get("merged_adapters")) is not None
@@ -186,9 +197,10 @@ _WATCHES: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 @functools.cache
 def _hear_of_replaced_layers() -> None:
-    """An adapter that is added, merged and unloaded between two calls leaves every layer as it was, but not weights.
+    """Notify every watch, from now on, when a layer is put in the place of another.
 
-    PEFT writes to them through ``.data``, which leaves no trace; that a layer stood in another's place does, here.
+    An adapter that is added, merged and unloaded between two calls leaves every layer as it was, but not the weights.
+    PEFT writes to these through ``.data``, which changes no version. Only the replacement of layers shows it.
     """
 
     def note(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -199,10 +211,10 @@ def _hear_of_replaced_layers() -> None:
 
 
 def layers_inside(module: nn.Module, path: str, name: str) -> tuple[nn.Module, ...]:
-    """A layer and, inside PEFT's tuner layers, each that these wrap; the last is the base model's.
+    """The layer, and each layer that it wraps, outermost first. The last is the base model's.
 
     Raises:
-        ValueError: one has been merged into, or the adapter's initialisation has rewritten the base weights.
+        ValueError: an adapter is merged into the base weights, or its initialisation has rewritten them.
     """
     layers = [module]
     while True:
@@ -221,7 +233,7 @@ def layers_inside(module: nn.Module, path: str, name: str) -> tuple[nn.Module, .
 
 
 def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
-    """LoRA that begins at a part of the base weights (PiSSA, OLoRA, ...) takes this part from them."""
+    """Refuse LoRA that starts from a part of the base weights (PiSSA, OLoRA, ...) and subtracts it from them."""
     for adapter, config in configs.items():
         by = getattr(config, "init_lora_weights", None)
         by = "KaSA" if getattr(config, "kasa_config", None) else by
@@ -231,11 +243,12 @@ def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
 
 
 def check_base(module: nn.Module, path: str, name: str) -> None:
-    """A layer is the base model's without what is left out of a view, or cannot be seen through."""
+    """Refuse a layer that is not the base model's once adapters, hooks and overrides are left out."""
+    # Several things may be wrong. The message names the last one found.
     own, weight, wrong = vars(module), module._parameters.get("weight"), ""
     if "_fsdp_wrapped_module" in module._modules:
         wrong = "is flattened by FSDP1: shard with fully_shard (FSDP2), or hand over a copy.deepcopy made before"
-    if "forward" in own:  # an override, and left out
+    if "forward" in own:  # an override, which a view leaves out
         if weight is None and isinstance(module, nn.Linear | _ConvNd) and not is_parametrized(module):
             wrong = "has no weight of its own beside its overridden `forward`"
         elif weight is not None and weight.is_floating_point() and weight.itemsize == 1:
@@ -254,7 +267,7 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
         wrong = "is offloaded by accelerate"
     if moved := [mover for mover in _MOVERS if mover in getattr(own.get("_diffusers_hook"), "hooks", ())]:
         wrong = f"has weights in the hands of diffusers' {moved[0]}"
-    if getattr(module, "blocks_to_swap", None):  # kohya's, which counts the passes that it shares with the view
+    if getattr(module, "blocks_to_swap", None):  # kohya's, which counts passes, and would count the view's too
         wrong = "swaps blocks between devices (blocks_to_swap)"
     if any(hasattr(p, "ds_id") for p in module._parameters.values()):
         wrong = "is partitioned by DeepSpeed's ZeRO-3: take ZeRO-2, or hand over a copy.deepcopy made before initialize"
@@ -263,7 +276,7 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds a part of it: as FSDP2's DTensor, in the hands of ZeRO-3, or of FSDP1."""
+    """Whether a process holds only a part of the tensor, under FSDP2 (a DTensor), ZeRO-3 or FSDP1."""
     return any(hasattr(tensor, mark) for mark in ("full_tensor", "ds_id", "_fsdp_flattened"))
 
 
@@ -281,7 +294,7 @@ def _merged(path: str, name: str) -> ValueError:
 
 
 def _weights(path: str, module: nn.Module) -> Iterator[_Weight]:
-    """Parameters, and the buffers that a state_dict holds; what is not in it is computed, as tables of positions."""
+    """The parameters, and the buffers that a state_dict holds. Others are computed, as tables of positions are."""
     for home in (module._parameters, module._buffers):
         for key, tensor in home.items():
             if tensor is not None and key not in module._non_persistent_buffers_set:
@@ -289,19 +302,22 @@ def _weights(path: str, module: nn.Module) -> Iterator[_Weight]:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether they are a plain tensor's: not packed by a quantiser, not fake, not on "meta"."""
+    """Whether the tensor is a plain one, whose values can be read: not packed by a quantiser, fake, or on "meta"."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
 
 def _state(tensor: Tensor, rewritten: bool) -> tuple[int, int]:
-    """What changes when a tensor is written to, or given other storage, and is read for free."""
+    """The version, which counts writes, and the address. Both are on the host, and cost nothing to read."""
     version = 0 if rewritten or tensor.is_inference() else tensor._version
     return version, tensor.data_ptr() if _has_values(tensor) else 0
 
 
 @torch.no_grad()
 def _row_sums(tensor: Tensor) -> Tensor | None:
-    """A thousandth of its size, on its device, in float32 at least; nothing is read. None without values."""
+    """The sums of a tensor's rows, in float32 or better, on its device; None if it has no values.
+
+    They take about a thousandth of the tensor's memory, and computing them does not make the host wait.
+    """
     if not _has_values(tensor):
         return None
     wide = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=tensor.ndim < 2)
@@ -311,9 +327,9 @@ def _row_sums(tensor: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _same(weight: _Weight, now: Tensor) -> bool:
-    """Whether the values are those of the first call, but for a rounding to the dtype; this one reads them."""
+    """Whether the values are those of the first call, but for rounding to a dtype. The host waits for the answer."""
     then, sums = weight.sums, _row_sums(now)
-    if then is None or sums is None:  # then the device and the dtype tell what is no more than a conversion
+    if then is None or sums is None:  # without values, the same device and dtype count as no change
         return bool(weight.kind != (now.device, now.dtype))
     then = then.to(sums)
     return then.shape == sums.shape and bool((sums - then).norm() <= weight.coarsest * then.norm())

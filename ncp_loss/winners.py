@@ -1,4 +1,4 @@
-"""winners: the pairs of each prompt's images that never lost, the paper's filter of preference data; no tensors."""
+"""winners: the paper's filter of preference data, which keeps images that never lost; no tensors."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any, TypeVar
 from .checks import bad
 
 COLUMNS = ("caption", "image_0_uid", "image_1_uid", "label_0", "label_1")
-SHARES = {(1.0, 0.0): 1.0, (0.0, 1.0): 0.0, (0.5, 0.5): 0.5}  # by labels: how much of the win is the first image's
+SHARES = {(1.0, 0.0): 1.0, (0.0, 1.0): 0.0, (0.5, 0.5): 0.5}  # by labels: the first image's share of the win
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def absolute_winners(rows: Iterable[Row]) -> list[Row]:
-    """The rows whose winner neither lost nor drew in any row of its prompt: for each such image, its last row.
+    """One row for each absolute winner, an image that neither lost nor drew in any row of its prompt.
 
-    An image that wins one pair and loses another gets gradients that partly cancel (paper, eq. 20 and 21). What remains
-    is one pair for each absolute winner, against the image that it beat last.
+    An image that wins one pair and loses another gets gradients that partly cancel (paper, eq. 20 and 21). For each
+    absolute winner its last row is kept.
 
     Args:
         rows: mappings with Pick-a-Pic's columns ``caption``, ``image_0_uid``, ``image_1_uid``, ``label_0`` and
-            ``label_1``, in the order of time; other columns are carried along. Labels are 1 and 0, 0 and 1, or 0.5
-            and 0.5 for a tie, as numbers or as text. A ``datasets.Dataset`` (without its image columns, which would be
-            decoded), ``DataFrame.to_dict("records")`` and a ``csv.DictReader`` all will do. Each is read once.
+            ``label_1``, in the order of time. Other columns are kept. Labels are 1 and 0, 0 and 1, or 0.5 and 0.5 for a
+            tie, as numbers or as text. ``rows`` may be a ``datasets.Dataset`` (without its image columns, which would
+            be decoded), ``DataFrame.to_dict("records")`` or a ``csv.DictReader``. Each row is read once.
 
     Returns:
-        The kept rows themselves, unchanged and in their order: ``datasets.Dataset.from_list``, ``pandas.DataFrame``
-        and ``csv.DictWriter.writerows`` take them. Where rows are wanted by number, number them in a column.
+        The kept rows themselves, unchanged and in their order. ``datasets.Dataset.from_list``, ``pandas.DataFrame`` and
+        ``csv.DictWriter.writerows`` take them. To get rows by number, put the numbers into a column first.
 
     Raises:
-        ValueError, TypeError: a row that is no mapping, lacks a column, or has labels other than those.
+        ValueError, TypeError: a row is no mapping, lacks a column, or has other labels.
 
     >>> pairs = [("a", "b", 1, 0), ("c", "a", 1, 0), ("d", "b", 1, 0), ("e", "d", 0, 1), ("c", "f", 0.5, 0.5)]
     >>> rows = [dict(zip(COLUMNS, ("a fox", *pair))) for pair in pairs]
     >>> [(row["image_0_uid"], row["image_1_uid"]) for row in absolute_winners(rows)]  # d alone; c drew
     [('e', 'd')]
     """
-    # By prompt and image: the number of the last row that it won, or None once it has lost or drawn.
+    # By prompt and image: the number of the last row that the image won, or None once it has lost or drawn.
     last: defaultdict[Hashable, dict[Hashable, int | None]] = defaultdict(dict)
     kept: dict[int | None, Row] = {}
     try:
@@ -47,6 +47,7 @@ def absolute_winners(rows: Iterable[Row]) -> list[Row]:
         raise bad("rows", "an iterable of mappings", type(rows).__name__, TypeError) from None
     for number, row in numbered:
         caption, winner, loser, tie = _read(row, number)
+        # The loser can be no absolute winner any more. The winner can, unless it has lost or drawn before.
         images = last[caption]
         kept.pop(images.get(loser), None)
         images[loser] = None
@@ -60,7 +61,7 @@ def absolute_winners(rows: Iterable[Row]) -> list[Row]:
 
 
 def _read(row: Mapping[str, Any], number: int) -> tuple[Hashable, Hashable, Hashable, bool]:
-    """Caption, winner, loser, and whether they drew."""
+    """The caption, the winner, the loser, and whether the two drew."""
     try:
         caption, first, second = row["caption"], row["image_0_uid"], row["image_1_uid"]
         labels = row["label_0"], row["label_1"]
@@ -70,7 +71,7 @@ def _read(row: Mapping[str, Any], number: int) -> tuple[Hashable, Hashable, Hash
             raise bad(f"rows[{number}]", must_be, type(row).__name__, TypeError) from None
         raise bad(f"rows[{number}]", must_be, f"one with {', '.join(row)}") from None
     for value in (caption, first, second):
-        if not isinstance(value, str | bytes | numbers.Real) or value != value:  # NaN is pandas' None
+        if not isinstance(value, str | bytes | numbers.Real) or value != value:  # pandas has NaN for what is missing
             name, was = f"rows[{number}]'s caption, image_0_uid, image_1_uid", repr((caption, first, second))
             raise bad(name, "given, as text or a number", was)
     try:

@@ -19,6 +19,7 @@ logging.getLogger("diffusers").setLevel(logging.ERROR)
 # Nothing fails for being slow: a busy machine draws examples slowly too.
 patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=50, derandomize=True, **patient)
+settings.register_profile("few", max_examples=10, derandomize=True, **patient)  # for tests/mutation.py
 settings.load_profile("default")
 
 

@@ -1,27 +1,43 @@
 """How many small faults the tests find: cosmic-ray puts one at a time into a copy of the package, and runs tests there.
 
-python tests/mutation.py objectives --sample 60 --into /tmp/mutants
+python tests/mutation.py objectives --sample 100 --into /tmp/mutants --results tests/mutation.json
+
+To start Python, torch and diffusers takes longer than most tests. So one process imports all that the tests import, but
+for the package and the tests themselves; what cosmic-ray runs for each fault asks it to fork, and to run pytest there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib
+import json
+import os
 import random
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# The quick tests of each file, those first that tell most. tests/test_difference.py needs no settings of conftest.py.
+# The quick tests of each file, those first that find most in the shortest time.
 TESTS = {
-    "checks": "tests/test_schedule.py tests/test_bad_input.py tests/test_wording.py",
-    "difference": "--noconftest tests/test_difference.py",
-    "error": "--noconftest tests/test_difference.py",
-    "objectives": "tests/test_objectives.py tests/test_wording.py",
-    "preference": "tests/test_wording.py tests/test_bad_input.py tests/test_oracle.py",
-    "schedule": "tests/test_schedule.py tests/test_bad_input.py",
-    "winners": "tests/test_winners.py",
+    "checks": "test_schedule test_wording",
+    "difference": "test_difference",
+    "encoder": "test_encoder test_wording",
+    "error": "test_difference",
+    "fused": "test_kernels test_choice_of_kernels",
+    "loss": "test_encoder test_wording",
+    "objectives": "test_objectives test_wording",
+    "preference": "test_wording test_objectives",
+    "schedule": "test_schedule test_wording",
+    "view": "test_wrappers",
+    "watch": "test_watch",
+    "winners": "test_winners",
 }
 # Annotations are never run, and integers' operators on floating-point tensors fail whatever is tested.
 LEFT_OUT = [
@@ -30,9 +46,9 @@ LEFT_OUT = [
 ]
 CONFIG = """[cosmic-ray]
 module-path = "ncp_loss/{module}.py"
-timeout = 300.0
+timeout = 900.0
 excluded-modules = []
-test-command = "{python} -m pytest -q -x -p no:cacheprovider {tests}"
+test-command = "{python} -I -S ask.py"
 
 [cosmic-ray.distributor]
 name = "local"
@@ -40,6 +56,70 @@ name = "local"
 [cosmic-ray.filters.operators-filter]
 exclude-operators = {left_out}
 """
+ASK = """import socket, sys
+with socket.socket(socket.AF_UNIX) as ask:
+    ask.connect("server")
+    sys.exit(int(ask.recv(8)))
+"""
+
+
+def run_tests(module: str) -> int:
+    """pytest in a fork of this process: 0 where all pass."""
+    import pytest
+
+    files = [f"tests/{name}.py" for name in TESTS[module].split()]
+    quick = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile", "few"]
+    return int(pytest.main([*quick, "tests/test_api.py", *files, f"ncp_loss/{module}.py"]))
+
+
+def fork(module: str, log: Path) -> int:
+    """The process of a fork that runs the tests, what these print in ``log``."""
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        code = 3
+        with contextlib.suppress(BaseException):
+            code = run_tests(module)
+            if not Path("imported").exists():
+                names = {name: getattr(x, "__file__", None) or "" for name, x in sys.modules.items()}
+                Path("imported").write_text("\n".join(n for n, f in names.items() if str(Path.cwd()) not in f))
+        sys.stdout.flush()
+        os._exit(code)
+    return child
+
+
+def serve(module: str) -> None:
+    """Runs the tests whenever asked, for as long as whoever asks waits for them."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("server")
+    listener.listen()
+    while True:
+        asked, _ = listener.accept()
+        child, ended, status = fork(module, Path("log")), 0, 0
+        while not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended and select.select([asked], [], [], 0.02)[0]:  # nobody waits any longer
+                os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            asked.send(str(os.waitstatus_to_exitcode(status) % 256).encode())
+        asked.close()
+
+
+def warm(module: str) -> None:
+    """Runs the tests once without a fault, and imports here what they imported of others."""
+    sys.dont_write_bytecode = False  # of tests; of the package it could be that of another fault
+    if os.waitstatus_to_exitcode(os.waitpid(fork(module, Path("log")), 0)[1]):
+        raise SystemExit("the tests fail without a fault:\n" + Path("log").read_text()[-3000:])
+    shutil.rmtree("ncp_loss/__pycache__", ignore_errors=True)
+    sys.dont_write_bytecode = True
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}  # as tests/conftest.py has it
+    for name in Path("imported").read_text().splitlines():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    gc.freeze()
 
 
 def main() -> None:
@@ -47,34 +127,52 @@ def main() -> None:
     parser.add_argument("module", choices=TESTS)
     parser.add_argument("--sample", type=int, help="so many of the faults, drawn with seed 0; all without it")
     parser.add_argument("--into", type=Path, required=True, help="where the copy is made; what is there goes")
+    parser.add_argument("--results", type=Path, help="a JSON file, whose entry for the module is replaced")
     args = parser.parse_args()
     from cosmic_ray.work_db import use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
     shutil.rmtree(args.into, ignore_errors=True)
-    shutil.copytree(ROOT, args.into, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(ROOT, args.into, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    results = args.results and args.results.absolute()
+    os.chdir(args.into)
     left_out = str(LEFT_OUT).replace("\\\\", "\\")  # TOML's literal strings
-    config = {"module": args.module, "python": sys.executable, "tests": TESTS[args.module], "left_out": left_out}
-    (args.into / "mutants.toml").write_text(CONFIG.format(**config))
+    Path("mutants.toml").write_text(CONFIG.format(module=args.module, python=sys.executable, left_out=left_out))
+    Path("ask.py").write_text(ASK)
 
     def run(tool: str, *words: str) -> None:
-        subprocess.run([str(Path(sys.executable).parent / tool), *words], cwd=args.into, check=True)
+        subprocess.run([str(Path(sys.executable).parent / tool), *words], check=True)
 
     run("cosmic-ray", "init", "mutants.toml", "mutants.sqlite")
     run("cr-filter-operators", "mutants.sqlite", "mutants.toml")
-    with use_db(str(args.into / "mutants.sqlite")) as work:
+    with use_db("mutants.sqlite") as work:
         pending = sorted(work.pending_work_items, key=lambda item: str(item.mutations))
         kept = random.Random(0).sample(pending, min(args.sample or len(pending), len(pending)))
         rest = {item.job_id for item in pending} - {item.job_id for item in kept}
         for job in rest:
             work.set_result(job, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="not in the sample"))
-    run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
-    with use_db(str(args.into / "mutants.sqlite")) as work:
-        results = [result for job, result in work.results if result.worker_outcome != WorkerOutcome.SKIPPED]
-    survived = [result for result in results if not result.is_killed]
-    for result in survived:
-        print(result.diff)
-    print(f"{args.module}: {len(results)} of {len(pending)} faults, {len(results) - len(survived)} found")
+    warm(args.module)
+    server = os.fork()
+    if not server:
+        serve(args.module)
+    try:
+        run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
+    finally:
+        os.kill(server, signal.SIGKILL)
+    with use_db("mutants.sqlite") as work:
+        tried = [result for job, result in work.results if result.worker_outcome != WorkerOutcome.SKIPPED]
+    survived = sorted("\n".join(result.diff.splitlines()[3:]) for result in tried if not result.is_killed)
+    print(*survived, sep="\n\n")
+    print(f"{args.module}: {len(tried)} of {len(pending)} faults, {len(tried) - len(survived)} found")
+    if results:
+        every = json.loads(results.read_text()) if results.exists() else {}
+        every[args.module] = {
+            "faults": len(pending),
+            "tried": len(tried),
+            "found": len(tried) - len(survived),
+            "survived": survived,
+        }
+        results.write_text(json.dumps(dict(sorted(every.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -156,9 +156,8 @@ def test_the_page_on_beta_shows_the_committed_figures_and_a_relative_beta_is_ahe
 
 def healthy_rows() -> list[str]:
     keys = ("first |margin|", "last loss", "last accuracy", "norm 50%", "norm 90%", "reward")
-    return [
-        f"| {r['run']} | " + " | ".join(f"{r[key]:.2g}" for key in keys) + " |" for r in result("healthy")["summary"]
-    ]
+    rows = ([row["run"], *(f"{float(f'{row[key]:.2g}'):g}" for key in keys)] for row in result("healthy")["summary"])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def test_the_page_on_healthy_runs_shows_the_committed_figures_and_a_picture_of_each_run():

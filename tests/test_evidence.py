@@ -161,7 +161,7 @@ def test_beta_is_kappa_over_the_arms_own_mean_error(bed, start):
 
 
 def test_arms_of_a_seed_start_and_draw_alike(bed, start):
-    runs = [Run(arm, bed, start, seed=3, lr=1e-3, kappa=3.0) for arm in (MAIN[0], MAIN[2], MAIN[3])]
+    runs = [Run(arm, bed, start, seed=3, lr=1e-3, kappa=3.0) for arm in (MAIN[0], MAIN[1], MAIN[3])]
     batches = [drawn(start.pairs, 2, run.generator) for run in runs]
     for run, batch in zip(runs, batches, strict=True):
         assert torch.equal(batch.noisy, batches[0].noisy)
@@ -171,7 +171,7 @@ def test_arms_of_a_seed_start_and_draw_alike(bed, start):
 def test_latent_errors_times_b2_are_the_displacement_of_the_reverse_step(bed, start):
     batch = drawn(start.pairs, 4, torch.Generator().manual_seed(0))
     prediction = bed.base(*batch.question).sample.detach()
-    found, _ = errors_of(MAIN[1], bed, 0)(batch, prediction, None)
+    found, _ = errors_of(MAIN[2], bed, 0)(batch, prediction, None)
     scheduler = new_scheduler()
     schedule = NoiseConditionedPerceptualLoss(bed.base, schedule=scheduler).schedule
     back = schedule.reverse_step(batch.timesteps, 1)
@@ -225,7 +225,8 @@ def test_equal_rewards_are_ordered_by_the_mean_over_the_points():
 
 def test_differences_are_taken_seed_by_seed():
     def record(arm, seed, reward):
-        points = [{"step": 0, "reward": 0.5, "match": 0.9}, {"step": 10, "reward": reward, "match": 0.9}]
+        alike = {"match": 0.9, "diversity": 1.0}
+        points = [{"step": 0, "reward": 0.5, **alike}, {"step": 10, "reward": reward, **alike}]
         run = {"phase": "comparison", "arm": arm, "seed": seed, "points": points, "finite": True}
         return run | {"FLOPs a step": 3 if arm == "other" else 2}
 
@@ -244,6 +245,13 @@ def test_rewards_are_read_at_equal_cost_up_to_where_the_cheapest_arm_ends():
     dear = cheap | {"FLOPs a step": 3}  # two thirds of its steps for the same cost
     assert evidence.at_equal_cost(dear, 20) == pytest.approx((0.5 + (0.5 + 0.3 * 2 / 3)) / 2)
     assert evidence.at_equal_cost(cheap | {"finite": False}, 20) == 0.5
+
+
+def test_a_reward_at_kept_diversity_is_that_where_diversity_first_falls_to_six_tenths():
+    points = [{"reward": 0.5, "diversity": 1.0}, {"reward": 0.7, "diversity": 0.8}, {"reward": 0.9, "diversity": 0.4}]
+    assert evidence.at_kept_diversity({"points": points, "finite": True}) == pytest.approx(0.8)
+    assert evidence.at_kept_diversity({"points": points[:2], "finite": True}) == 0.7  # it never falls so far
+    assert evidence.at_kept_diversity({"points": points[:2], "finite": False}) == 0.5
 
 
 def test_decided_pairs_leave_ties_out_and_winners_lost_to_no_other():
@@ -275,7 +283,7 @@ def test_an_interrupted_study_goes_on_with_what_it_has(tmp_path, testbed, monkey
         return json.loads((tmp_path / f"evidence-{testbed}.json").read_text())
 
     first = study(resume=False)
-    assert {run["arm"] for run in first["runs"]} >= {MAIN[0].name, MAIN[2].name}
+    assert {run["arm"] for run in first["runs"]} >= {MAIN[0].name, MAIN[1].name}
     assert [row["arm"] for row in first["summary"]] == list(dict.fromkeys(run["arm"] for run in first["runs"]))
     for run in first["runs"]:
         assert [point["step"] for point in run["points"]] == [0, 1, 2] if run["phase"] == "comparison" else [0, 2]

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ncp_loss import NoiseConditionedPerceptualLoss, NoiseSchedule, ncp_dpo_loss
-from ncp_loss.difference import Estimator, choose
 
 BF16, FP16 = torch.bfloat16, torch.float16
 DTYPES = {"bf16": BF16, "fp16": FP16}
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TIMESTEPS = st.sampled_from([1, 5, 20, 100, 500, 900, 999])
 
 
@@ -209,30 +207,6 @@ def test_without_a_gradient_to_take_nothing_is_evaluated_for_one():
     assert torch.equal(error, with_gradient)
     assert torch.equal(ref_error, with_ref)
     assert not error.requires_grad
-
-
-def test_auto_knows_what_the_model_computes_in():
-    assert choose("auto", torch.float64, CUDA).kind == "literal"
-    assert choose("auto", torch.float32, CPU) == Estimator("scaled", 0.0005, 0.0005)
-    assert choose("auto", FP16, CPU) == Estimator("central", 0.02, 0.02)
-    assert choose("auto", BF16, CUDA) == Estimator("central", 0.045, 0.06, graph_at_point=False)
-    assert choose("literal", BF16, CPU).kind == "literal"
-
-
-def test_auto_knows_where_matrix_products_round_to_tf32():
-    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolution.fp32_precision, product.fp32_precision
-    try:
-        for precision, kind in (
-            (("tf32", "ieee"), "central"),
-            (("ieee", "ieee"), "scaled"),
-            (("ieee", "tf32"), "central"),
-        ):
-            convolution.fp32_precision, product.fp32_precision = precision
-            assert choose("auto", torch.float32, CUDA).kind == kind
-            assert choose("auto", torch.float32, CPU).kind == "scaled"
-    finally:
-        convolution.fp32_precision, product.fp32_precision = before
 
 
 class TF32(TorchFunctionMode):

@@ -25,7 +25,7 @@ from users import batch, small
 from ncp_loss import FlowSchedule, NoiseSchedule
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss.checks import check_generator, check_latents, check_number, check_pairs
-from ncp_loss.schedule import check_noisy
+from ncp_loss.schedule import check_noisy, draw_noise
 from ncp_loss.tensors import widest
 
 BETAS = oracle.scaled_linear_betas()
@@ -233,7 +233,7 @@ def test_a_schedule_is_read_from_a_scheduler_that_has_noised_samples_without_val
 @pytest.mark.parametrize("step", [1, "clean", "uniform"])
 def test_a_schedule_lives_on_the_host_whatever_the_default_device(step):
     with torch.device("meta"):
-        schedules = [NoiseSchedule(BETAS), NoiseSchedule.from_scheduler(None)]
+        schedules = [NoiseSchedule(BETAS), NoiseSchedule.from_scheduler(None), FlowSchedule(3.0)]
         steps = [schedule.reverse_step(torch.tensor([1, 500], device="cpu"), step) for schedule in schedules]
     assert all(x.device.type == "cpu" for back in steps for x in back)
 
@@ -351,7 +351,7 @@ def test_a_product_of_alphas_that_is_not_the_betas_is_taken_though_it_is_float32
     )
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
     squared = NoiseSchedule.from_scheduler(scheduler).alpha(torch.arange(1000)).square()
-    torch.testing.assert_close(squared, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared, scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
 
 
 # Flows of models that predict x_0.
@@ -482,6 +482,12 @@ def test_a_batch_of_pairs_is_one_dimensional_and_even(t: torch.Tensor) -> None:
             NOISE.reverse_step(t)
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_a_flow_is_not_shifted_by_nothing_or_less(shift: float) -> None:
+    with pytest.raises(ValueError, match=rf"^shift must be a positive number; it was {shift}$"):
+        FlowSchedule(shift)
+
+
 def test_betas_so_small_that_they_do_nothing_are_refused() -> None:
     for betas in ([1e-20], [0.1, 1e-17]):
         with pytest.raises(ValueError, match=r"^betas must be .* none so small that 1 - beta = 1; it was of shape"):
@@ -507,6 +513,29 @@ def test_timesteps_may_be_numbers_and_lists_where_values_are_asked_for() -> None
     assert FLOW.sigma(500) == FLOW.alpha(500.0) == 0.5
     with torch.device("meta"):
         assert NOISE.sigma(500).device.type == FLOW.sigma(500).device.type == "cpu"
+
+
+def test_the_clean_end_is_below_the_first_timestep_and_of_a_flow_at_0() -> None:
+    for schedule, end in ((NOISE, -1), (FLOW, 0)):
+        assert (schedule.alpha(end), schedule.sigma(end)) == (1, 0)
+        for values in (schedule.alpha, schedule.sigma, lambda t, schedule=schedule: schedule.next_timesteps(t, 1)):
+            with pytest.raises(ValueError, match=rf"^timesteps must be in \[{end}, 1000[)\]]; it was in \[{end - 1}, "):
+                values(torch.tensor([end - 1]))
+
+
+@pytest.mark.parametrize("step", [1, 7, "uniform", "clean"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_z_is_drawn_once_for_each_pair_and_only_for_a_step_that_has_a_random_part(step: Any, pairs: bool) -> None:
+    latents, generator = normal(4, 3, 2), torch.Generator().manual_seed(5)
+    z, state = draw_noise(step, latents, generator, pairs), generator.get_state()
+    assert draw_noise(step, latents, None, pairs) is None
+    if isinstance(step, str):
+        assert z is None
+        assert torch.equal(state, torch.Generator().manual_seed(5).get_state())
+    elif pairs:
+        assert torch.equal(z, normal(2, 3, 2, seed=5).repeat(2, 1, 1))
+    else:
+        assert torch.equal(z, normal(4, 3, 2, seed=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16])

@@ -488,6 +488,7 @@ def test_what_is_not_an_image_or_a_caption_is_refused(refused, tmp_path):
         (["--resolution", "60"], "--resolution must be a multiple of 8; it was 60"),
         (["--train_batch_size", "0"], "--train_batch_size must be a positive number; it was 0"),
         (["--beta_dpo", "-1"], "--beta_dpo must be a positive number; it was -1.0"),
+        (["--kappa", "2", "--beta_dpo", "500"], "argument --beta_dpo: not allowed with argument --kappa"),
         (["--kappa", "0"], "--kappa must be a positive number; it was 0.0"),
         (["--resume_from_checkpoint", "elsewhere"], "--resume_from_checkpoint must be 'latest' or a folder named"),
         (["--loss_space", "pixels"], "invalid choice: 'pixels'"),

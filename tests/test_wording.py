@@ -230,6 +230,7 @@ ROWS += [
     objective(kto_loss, "ref_error must be shaped like error", ref_error=torch.ones(4, 1)),
     objective(mapo_loss, "rejected_error must be shaped like chosen_error", rejected_error=torch.ones(3)),
     objective(preference_metrics, "ref must be the reference's errors on winners and on losers", TypeError, ref=EIGHT),
+    objective(preference_metrics, "loss must be of one value or more; it was shaped (0,)", loss=lambda x: x[:0]),
     objective(preference_metrics, "ref_rejected_error must be shaped like chosen_error", ref=(ONES, torch.ones(3))),
     objective(by_timestep, "values must be one for each sample or pair, shape (B,)", values=torch.ones(4, 1)),
     objective(by_timestep, "timesteps must be shaped like values, shaped (4,); it was shaped (8,)", timesteps=EIGHT),
