@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 import datasets
 import oracle
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -88,7 +90,10 @@ def test_a_row_without_a_column_is_refused_by_its_number_with_the_columns_it_has
 )
 def test_labels_that_decide_nothing_are_refused(pair):
     rows = as_rows([("p", "a", "b", (1, 0)), ("p", "a", "c", pair)])
-    with pytest.raises(ValueError, match=r"^rows\[1\]'s label_0, label_1 must be 1 and 0, 0 and 1, or 0.5 and 0.5"):
+    was = re.escape(f"; it was {pair[0]!r} and {pair[1]!r}") + "$"
+    with pytest.raises(
+        ValueError, match=r"^rows\[1\]'s label_0, label_1 must be 1 and 0, 0 and 1, or 0.5 and 0.5.*" + was
+    ):
         absolute_winners(rows)
 
 
@@ -106,3 +111,6 @@ def test_an_image_or_caption_that_is_missing_is_refused(column, missing):
 def test_what_is_no_table_of_rows_is_refused():
     with pytest.raises(TypeError, match=r"^rows\[0\] must be a mapping with caption, .*; it was str$"):
         absolute_winners({"caption": ["p"]})
+    for nothing in (5, dict, torch.ones(2).to_sparse()):
+        with pytest.raises(TypeError, match=r"^rows must be an iterable of mappings; it was \w+$"):
+            absolute_winners(nothing)
