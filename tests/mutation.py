@@ -127,9 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", choices=TESTS)
     parser.add_argument("--sample", type=int, help="so many of the faults, drawn with seed 0; all without it")
-    parser.add_argument(
-        "--seconds", type=float, help="how long faults are tried, in the order in which they were drawn"
-    )
+    parser.add_argument("--seconds", type=float, help="how long faults are tried")
     parser.add_argument("--into", type=Path, required=True, help="where the copy is made; what is there goes")
     parser.add_argument("--results", type=Path, help="a JSON file, whose entry for the module is replaced")
     args = parser.parse_args()
@@ -169,19 +167,25 @@ def main() -> None:
         tried = [result for job, result in work.results if result.worker_outcome != WorkerOutcome.SKIPPED]
     if failed := [result.output for result in tried if result.test_outcome == TestOutcome.INCOMPETENT]:
         raise SystemExit(f"{len(failed)} faults were not tried: {failed[0]}")
-    survived = sorted("\n".join(result.diff.splitlines()[3:]) for result in tried if not result.is_killed)
+    survived = sorted(fault(result.diff) for result in tried if not result.is_killed)
     print(*survived, sep="\n\n")
     print(f"{args.module}: {len(tried)} of {len(pending)} faults, {len(tried) - len(survived)} found")
     if results:
         every = json.loads(results.read_text()) if results.exists() else {}
+        why = {known["fault"]: known["why"] for known in every.get(args.module, {}).get("survived", [])}
         every[args.module] = {
             "faults": len(pending),
             "drawn": len(kept),
             "tried": len(tried),
             "found": len(tried) - len(survived),
-            "survived": survived,
+            "survived": [{"fault": each, "why": why.get(each, "")} for each in survived],
         }
         results.write_text(json.dumps(dict(sorted(every.items())), indent=1) + "\n")
+
+
+def fault(diff: str) -> str:
+    """The lines of a diff that differ; why one changes nothing is written beside it, by hand."""
+    return "\n".join(line for line in diff.splitlines()[3:] if line.startswith(("-", "+")))
 
 
 if __name__ == "__main__":

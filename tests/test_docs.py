@@ -177,3 +177,19 @@ def test_the_precision_page_shows_the_committed_figures():
     page = (ROOT / "docs" / "precision.md").read_text()
     for row in margin_rows() + precision_rows() + lora_rows() + alignment_rows():
         assert row in page, row
+
+
+def mutation_rows() -> list[str]:
+    rows = []
+    for name, r in json.loads((ROOT / "tests" / "mutation.json").read_text()).items():
+        same = sum(bool(each["why"]) for each in r["survived"])
+        rows.append(f"| {name} | {r['faults']} | {r['tried']} | {r['found']} | {same} |")
+        share = 0.95 if name in ("schedule", "difference", "error", "objectives") else 0.9
+        assert r["found"] + len(r["survived"]) == r["tried"]
+        assert r["found"] >= share * (r["tried"] - same), name
+    return rows
+
+
+def test_the_table_of_faults_that_tests_find_is_the_committed_result_and_meets_its_aim():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [row for row in mutation_rows() if row not in page] == []

@@ -148,6 +148,11 @@ ROWS += [
     errors("text: none", "encoder_hidden_states must be given", encoder_hidden_states=None),
     errors("text: batch", "encoder_hidden_states must be one row per sample, 2", encoder_hidden_states=lambda c: c[:1]),
     errors("text: no batch", "encoder_hidden_states must be one row per", encoder_hidden_states=lambda c: c[0]),
+    errors(
+        "text: a number",
+        "encoder_hidden_states must be one row per sample, 2; it was shaped ()",
+        encoder_hidden_states=torch.ones(()),
+    ),
     errors("text: rank", "encoder_hidden_states must be", encoder_hidden_states=lambda c: c[:, 0]),
     errors("text: width", "encoder_hidden_states must be", encoder_hidden_states=lambda c: c[..., :7]),
     errors("text: device", "encoder_hidden_states must be on", encoder_hidden_states=on_meta),
@@ -247,6 +252,9 @@ ROWS += [
         for use in (dpo_loss, sft_loss)
     ],
     objective(sft_loss, "chosen_error must be one error per sample", chosen_error=torch.tensor(1.0)),
+    objective(
+        sft_loss, "chosen_error must be one error per sample, shape (B,), of one or more", chosen_error=lambda x: x[:0]
+    ),
 ]
 
 ROWS += [
@@ -278,7 +286,7 @@ ROWS += [
     built("no layer", "layer must be", TypeError, layer=None),
     *[
         built(f"step {x}", "step must be a positive int, 'uniform' or 'clean'", step=x)
-        for x in (0, -1, True, 2.5, "all", None)
+        for x in (0, -1, True, 2.5, "all", None, 2**63)
     ],
     built("difference", "difference must be one of 'auto', ", difference="exact"),
     built("weighting", "weighting must be one of 'noise', None; it was 'snr'", weighting="snr"),
