@@ -62,10 +62,11 @@ class Digits:
 
     def __init__(self, work: Path, tiny: bool) -> None:
         self.base, self.judge, self.tiny = digits.load_unet(), digits.Judge(), tiny
-        self.batch, self.sampling = (2, 5) if tiny else (16, 20)  # pairs a step; DDIM steps
+        self.batch, self.sampling = (2, 4) if tiny else (16, 20)  # pairs a step; DDIM steps
         _, (images, labels) = digits.real_digits()
         self.real, self.real_labels = F.avg_pool2d(images, 2).flatten(1), labels
-        self.forest = RandomForestClassifier(200, random_state=0).fit(self.real.numpy(), labels.numpy())
+        trees = 20 if tiny else 200
+        self.forest = RandomForestClassifier(trees, random_state=0).fit(self.real.numpy(), labels.numpy())
 
     def new_network(self) -> UNet2DConditionModel:
         return digits.new_unet()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,11 +25,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from pipelines import digit, save_pairs, save_sd, save_sd3, save_sdxl
+from programs import ROOT, called, started
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as when a script in it is run
 
@@ -72,30 +72,16 @@ def made(tmp_path_factory):
     )
 
 
-def command(script: str, model: Path, out: Path, *arguments: object) -> list[str]:
-    path = EXAMPLES / f"{script}.py"
-    return [str(a) for a in (path, "--pretrained_model_name_or_path", model, "--output_dir", out, *TINY, *arguments)]
+def command(script: str, model: Path, out: Path, *arguments: object) -> list[object]:
+    return [EXAMPLES / f"{script}.py", "--pretrained_model_name_or_path", model, "--output_dir", out, *TINY, *arguments]
 
 
-def launch(script: str, model: Path, out: Path, *arguments: object, prefix: tuple = ()) -> subprocess.CompletedProcess:
-    """The script in a process of its own, as a user starts it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    whole = [sys.executable, *prefix, *command(script, model, out, *arguments)]
-    return subprocess.run(whole, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def call(monkeypatch):
-    """The script in this process, which spares the imports."""
-
-    def run(script: str, model: Path, out: Path, *arguments: object) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        argv = command(script, model, out, *arguments)
-        monkeypatch.setattr(sys, "argv", argv)
-        runpy.run_path(argv[0], run_name="__main__")
-
-    return run
+def call(script: str, model: Path, out: Path, *arguments: object) -> None:
+    """The script in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    path, *rest = map(str, command(script, model, out, *arguments))
+    called(partial(runpy.run_path, path, run_name="__main__"), *rest, name=path)
 
 
 def logged(out: Path) -> dict[str, list[float]]:
@@ -127,18 +113,19 @@ def whole_run(made, tmp_path_factory):
     """Six steps with checkpoints, not interrupted."""
     out = tmp_path_factory.mktemp("whole")
     steps = ["--train_data_dir", made.pairs, "--max_train_steps", 6, "--checkpointing_steps", 2]
-    return out, launch("train_dpo_lora_sd", made.sd, out, *steps), steps
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        call("train_dpo_lora_sd", made.sd, out, *steps)
+    return out, shown.getvalue(), steps
 
 
 def test_the_sd_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, whole_run):
-    out, done, _ = whole_run
-    assert done.returncode == 0, done.stderr
+    out, _, _ = whole_run
     check_lora(StableDiffusionPipeline, made.sd, out)
 
 
 def test_a_run_shows_a_progress_bar_and_logs_loss_and_rewards_at_every_step(whole_run):
-    out, done, _ = whole_run
-    assert "training: 100%" in done.stderr
+    out, shown, _ = whole_run
+    assert "training: 100%" in shown
     metrics = logged(out)
     for name in ("loss", "raw_model_loss", "ref_loss", "rewards/margins", "rewards/accuracies", "lr"):
         assert len(metrics[name]) == 6, name
@@ -164,9 +151,9 @@ def test_a_part_that_no_pair_was_in_is_left_out_of_a_mean_and_what_is_not_a_numb
     assert np.isnan(means["raw_model_loss"])
 
 
-def test_a_run_killed_while_it_saves_and_then_resumed_reaches_the_same_bits(made, whole_run, call, capsys, tmp_path):
+def test_a_run_killed_while_it_saves_and_then_resumed_reaches_the_same_bits(made, whole_run, capsys, tmp_path):
     out, _, steps = whole_run
-    killed = launch("train_dpo_lora_sd", made.sd, tmp_path, *steps, prefix=("-c", KILLED))
+    killed = started("-c", KILLED, *command("train_dpo_lora_sd", made.sd, tmp_path, *steps))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / LORA).exists()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]  # none that is incomplete
@@ -178,26 +165,26 @@ def test_a_run_killed_while_it_saves_and_then_resumed_reaches_the_same_bits(made
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_the_sdxl_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, call, tmp_path):
+def test_the_sdxl_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, tmp_path):
     call("train_dpo_lora_sdxl", made.sdxl, tmp_path, "--train_data_dir", made.pairs, "--random_crop")
     assert logged(tmp_path)["rewards/margins"][0] == 0.0  # adapters start as nothing: the model is the reference
     check_lora(StableDiffusionXLPipeline, made.sdxl, tmp_path, {"add_watermarker": False})
 
 
-def test_the_sd3_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, call, tmp_path):
+def test_the_sd3_script_saves_adapters_that_load_into_the_pipeline_and_change_what_it_draws(made, tmp_path):
     call("train_dpo_lora_sd3", made.sd3, tmp_path, "--train_data_dir", made.pairs, "--max_sequence_length", 16)
     assert logged(tmp_path)["rewards/margins"][0] == 0.0
     check_lora(StableDiffusion3Pipeline, made.sd3, tmp_path, max_sequence_length=16)
 
 
-def test_the_sd3_script_trains_without_the_third_text_encoder_on_a_reference_asked_before(made, call, tmp_path):
+def test_the_sd3_script_trains_without_the_third_text_encoder_on_a_reference_asked_before(made, tmp_path):
     pairs = save_pairs(tmp_path / "pairs", 2)
     less = ["--no_text_encoder_3", "--precompute_reference", "--gradient_checkpointing", "--loss_space", "both"]
     call("train_dpo_lora_sd3", made.sd3, tmp_path / "out", "--train_data_dir", pairs, *less)
     assert logged(tmp_path / "out")["rewards/margins"][0] == pytest.approx(0.0, abs=0.01)
 
 
-def test_the_full_script_saves_a_pipeline_with_the_averaged_weights(made, call, tmp_path):
+def test_the_full_script_saves_a_pipeline_with_the_averaged_weights(made, tmp_path):
     data = ["--train_data_dir", made.pairs, "--learning_rate", 1e-3, "--checkpointing_steps", 1]
     call("train_dpo_full_sd", made.sd, tmp_path, *data, "--use_ema")
     assert np.isfinite(sample(StableDiffusionPipeline.from_pretrained(tmp_path))).all()
@@ -208,7 +195,7 @@ def test_the_full_script_saves_a_pipeline_with_the_averaged_weights(made, call, 
     torch.testing.assert_close(saved[name], 2 / 11 * first[name] + 9 / 11 * last[name])
 
 
-def test_a_full_run_resumes_with_its_average_and_its_reference_and_reaches_the_same_bits(made, call, tmp_path):
+def test_a_full_run_resumes_with_its_average_and_its_reference_and_reaches_the_same_bits(made, tmp_path):
     weights = "unet/diffusion_pytorch_model.safetensors"
     options = ["--train_data_dir", made.pairs, "--use_ema", "--learning_rate", 1e-3, "--checkpointing_steps", 2]
     call("train_dpo_full_sd", made.sd, tmp_path / "whole", *options, "--max_train_steps", 3)
@@ -222,7 +209,7 @@ def test_a_full_run_resumes_with_its_average_and_its_reference_and_reaches_the_s
     assert logged(tmp_path / "whole")["ref_loss"][-1] == logged(tmp_path / "resumed")["ref_loss"][-1]
 
 
-def test_the_sft_script_learns_from_winners_alone(made, call, tmp_path):
+def test_the_sft_script_learns_from_winners_alone(made, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(made.pairs / "chosen", images)
     shutil.copy(made.pairs / "metadata.jsonl", images)
@@ -232,7 +219,7 @@ def test_the_sft_script_learns_from_winners_alone(made, call, tmp_path):
     check_lora(StableDiffusionPipeline, made.sd, tmp_path / "out")
 
 
-def test_the_sft_script_takes_the_winners_of_a_table_of_pairs(call, made, tmp_path):
+def test_the_sft_script_takes_the_winners_of_a_table_of_pairs(made, tmp_path):
     table([1.0, 0.5, 0.0]).save_to_disk(tmp_path / "table")
     call("train_sft_lora", made.sd, tmp_path / "out", "--dataset_name", tmp_path / "table")
     assert (tmp_path / "out" / LORA).exists()
@@ -241,13 +228,13 @@ def test_the_sft_script_takes_the_winners_of_a_table_of_pairs(call, made, tmp_pa
         np.testing.assert_array_equal(np.asarray(image), np.asarray(digit(winner, (64, 64))))
 
 
-def test_the_sft_script_takes_the_winners_of_a_folder_of_pairs(made, call, tmp_path):
+def test_the_sft_script_takes_the_winners_of_a_folder_of_pairs(made, tmp_path):
     call("train_sft_lora", made.sd, tmp_path, "--train_data_dir", made.pairs, "--loss_space", "latent")
     assert (tmp_path / LORA).exists()
 
 
 @pytest.mark.parametrize("space", ["latent", "perceptual", "both"])
-def test_precomputed_reference_predictions_give_the_loss_of_those_computed_in_training(made, call, tmp_path, space):
+def test_precomputed_reference_predictions_give_the_loss_of_those_computed_in_training(made, tmp_path, space):
     pairs = save_pairs(tmp_path / "pairs")
     options = ["--train_data_dir", pairs, "--loss_space", space, "--max_train_steps", 3]
     call("train_dpo_lora_sdxl", made.sdxl, tmp_path / "fly", *options)
@@ -259,7 +246,7 @@ def test_precomputed_reference_predictions_give_the_loss_of_those_computed_in_tr
         np.testing.assert_allclose(again[name], fly[name], rtol=1e-5)
 
 
-def test_precomputed_reference_predictions_are_used_again_for_the_same_settings_and_no_others(made, call, tmp_path):
+def test_precomputed_reference_predictions_are_used_again_for_the_same_settings_and_no_others(made, tmp_path):
     pairs = save_pairs(tmp_path / "pairs", 2)
     options = ["--train_data_dir", pairs, "--max_train_steps", 1, "--precompute_reference"]
     call("train_dpo_lora_sd", made.sd, tmp_path, *options)
@@ -272,7 +259,7 @@ def test_precomputed_reference_predictions_are_used_again_for_the_same_settings_
 
 
 @pytest.mark.parametrize("beta", [["--beta_dpo", 2500], ["--kappa", 2500]])
-def test_accumulated_gradients_are_those_of_the_whole_batch(made, call, tmp_path, beta):
+def test_accumulated_gradients_are_those_of_the_whole_batch(made, tmp_path, beta):
     # With so large an epsilon AdamW's step is proportional to the gradient, so that its scale shows too.
     gradient = ["--adam_epsilon", 1, "--learning_rate", 1, "--max_grad_norm", 1e9, "--loss_space", "latent"]
     options = ["--train_data_dir", made.pairs, *gradient, *beta, "--max_train_steps", 1]
@@ -285,12 +272,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(made, call, tmp_path
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-def test_a_model_that_predicts_velocity_trains_from_the_base_models_loss(made, call, tmp_path):
+def test_a_model_that_predicts_velocity_trains_from_the_base_models_loss(made, tmp_path):
     call("train_dpo_lora_sd", made.sd2, tmp_path, "--train_data_dir", made.pairs, "--weighting", "noise")
     assert np.isfinite(logged(tmp_path)["loss"]).all()
 
 
-def test_half_precision_and_checkpointing_start_from_the_reference_too(made, call, tmp_path):
+def test_half_precision_and_checkpointing_start_from_the_reference_too(made, tmp_path):
     half = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", 1]
     call("train_dpo_lora_sdxl", made.sdxl, tmp_path, "--train_data_dir", made.pairs, *half)
     assert logged(tmp_path)["rewards/margins"] == [0.0]
@@ -317,7 +304,7 @@ def table(labels: list[float], **columns: list) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows | columns)
 
 
-def test_a_table_trains_with_its_winners_first_and_its_ties_left_out(made, call, tmp_path):
+def test_a_table_trains_with_its_winners_first_and_its_ties_left_out(made, tmp_path):
     table([1.0, 0.5, 0.0]).save_to_disk(tmp_path / "table")
     call("train_dpo_lora_sd", made.sd, tmp_path / "out", "--dataset_name", tmp_path / "table", "--loss_space", "latent")
     assert (tmp_path / "out" / LORA).exists()
@@ -354,7 +341,7 @@ def test_absolute_winners_of_a_table_without_the_columns_or_of_a_folder_are_refu
     assert "rows[0]'s label_0, label_1 must be" in refused("--dataset_name", tmp_path / "labels", "--absolute_winners")
 
 
-def test_a_table_of_decoded_images_gives_winners_first(made, call, tmp_path):
+def test_a_table_of_decoded_images_gives_winners_first(made, tmp_path):
     images = {"chosen": [digit(0, (64, 64))], "rejected": [digit(5, (64, 64))], "caption": ["a digit"]}
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(images)}).save_to_disk(tmp_path / "table")
     found, _ = load_data("--dataset_name", tmp_path / "table").row(0)
@@ -388,7 +375,7 @@ def test_every_image_has_its_own_size_and_crop_and_pairs_share_their_draws(made)
 
 
 @pytest.fixture
-def refused(made, call, monkeypatch, capsys, tmp_path):
+def refused(made, monkeypatch, capsys, tmp_path):
     """The one line with which the script refuses its arguments, before it loads a model."""
 
     def load(*_: object, **__: object) -> None:
