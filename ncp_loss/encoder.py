@@ -224,9 +224,13 @@ class FrozenEncoder:
         try:
             self._signature.bind(self.view, None, timestep=None, **conditioning)
         except TypeError as error:
+            model, takes = f"{type(self.view).__name__}.forward", self._signature.parameters.keys()
+            unknown = conditioning.keys() - takes - {"encoder_hidden_states"}
+            if unknown and "timestep" in takes:  # a misspelled argument of the loss ends up here too
+                raise bad(min(unknown), f"an argument of the loss or of {model}", "neither", TypeError) from None
             names = ", ".join(["timestep", *conditioning])
             must_be = "given, a function that calls the model as its trainer does (docs, recipes/own-models)"
-            was = f"None, and {type(self.view).__name__}.forward, called with latents, {names}: {error}"
+            was = f"None, and {model}, called with latents, {names}: {error}"
             raise bad("call", must_be, was, TypeError) from None
 
     def _check_conditioning(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> None:
@@ -271,7 +275,8 @@ def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
 def _wanted(view: nn.Module, layers: Layers) -> tuple[dict[str, float], dict[str, str]]:
     """By layer, as it was asked for: its weight, and the full path of its module."""
     if not isinstance(layers, str | Sequence | Mapping):
-        raise bad("layer", "a module path, a sequence of them or a mapping to weights", repr(layers), TypeError)
+        must_be = "a module path, a sequence of them or a mapping to weights"
+        raise bad("layer", must_be, type(layers).__name__, TypeError)
     names = [layers] if isinstance(layers, str) else list(layers)
     if not names or not all(isinstance(layer, str) for layer in names):
         raise bad("layer", "one module path or more, with positive weights", repr(layers))

@@ -199,7 +199,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         if pairs:
             # Of the targets only noise is the same for both members. A velocity or x_0 depends on the image.
             noise = target if self.schedule.prediction_type == "epsilon" else None
-            check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, "target (the noise)": noise})
+            name = "target (noise, for a schedule that predicts epsilon)"
+            check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, name: noise})
 
         # Latents are computed in float32 or better, whatever the model's dtype. The encoder casts them to that.
         dtype = at_least_float32(noisy_latents, model_pred)

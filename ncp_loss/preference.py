@@ -73,7 +73,8 @@ def ncp_dpo_loss(
     tensor(0.6931)
     """
     if (ref_pred is None) == (ref_error is None):
-        raise bad("ref_pred, ref_error", "given one without the other", "both" if ref_error is not None else "neither")
+        was = "both" if ref_error is not None else "neither"
+        raise bad("ref_pred or ref_error", "given, and only one of them", was)
     _check_loss(ncp)
     if kappa is not None and not (isinstance(beta, float) and beta == 2500.0):
         raise bad("beta", "left out where kappa is given, which takes its place", "given")

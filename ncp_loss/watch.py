@@ -329,7 +329,9 @@ def _row_sums(tensor: Tensor) -> Tensor | None:
 def _same(weight: _Weight, now: Tensor) -> bool:
     """Whether the values are those of the first call, but for rounding to a dtype. The host waits for the answer."""
     then, sums = weight.sums, _row_sums(now)
-    if then is None or sums is None:  # without values, the same device and dtype count as no change
+    if (
+        then is None or sums is None
+    ):  # no values to compare: a move or a cast explains the change, else it was written to
         return bool(weight.kind != (now.device, now.dtype))
     then = then.to(sums)
     return then.shape == sums.shape and bool((sums - then).norm() <= weight.coarsest * then.norm())

@@ -41,7 +41,7 @@ def lora_rows() -> list[str]:
 
 def share(error: float) -> str:
     """A relative error: in percent, or as a multiple where it is larger than what it is the error of."""
-    return f"{error:.1%}" if error < 1 else f"{error:.0f} times"
+    return f"{error:.1%}" if error < 1 else f"{error:,.0f} times"
 
 
 def margin_rows() -> list[str]:

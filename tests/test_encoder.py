@@ -522,6 +522,15 @@ def test_a_model_that_is_called_in_a_way_of_its_own_is_told_of_call(make):
     assert torch.equal(ncp.features(x, t, text)["layer"], model.layer(x))
 
 
+def test_a_misspelled_argument_is_refused_by_its_name():
+    unet = sd15(dtype=torch.float32)
+    arguments = batch(unet, 1, pairs=True)
+    with pytest.raises(
+        TypeError, match=r"^betta must be an argument of the loss or of UNet2DConditionModel.forward; it"
+    ):
+        ncp_dpo_loss(NoiseConditionedPerceptualLoss(unet), **arguments, betta=2.0)
+
+
 def test_checkpointing_is_refused_where_the_model_has_none():
     with pytest.raises(
         ValueError, match=r"^checkpoint must be False: OnesOwn has no gradient checkpointing; it was True"

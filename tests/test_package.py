@@ -15,7 +15,7 @@ import pytest
 import ncp_loss
 
 PACKAGE = Path(ncp_loss.__file__).parent
-CODE_LINES = 1859  # a budget; CONTRIBUTING.md says it too
+CODE_LINES = 1868  # a budget; CONTRIBUTING.md says it too
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 IMPORT = """
 import json, sys, time
@@ -90,7 +90,8 @@ def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings()
 
 def test_the_package_stays_within_its_budget_of_code_lines_which_contributing_names():
     code, comments = map(sum, zip(*(lines_of(file.read_text()) for file in PACKAGE.glob("*.py")), strict=True))
-    assert code <= CODE_LINES, f"{code} lines of code, {comments} comments"
+    more = f"{code} lines of code: say why in the commit, and raise the budget here and in CONTRIBUTING.md"
+    assert code <= CODE_LINES, f"{more} ({comments} comments)"
     assert f"{CODE_LINES:,} lines of code" in (PACKAGE.parent / "CONTRIBUTING.md").read_text()
 
 

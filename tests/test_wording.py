@@ -186,7 +186,7 @@ ROWS += [
     pairs("odd, cpo", "noisy_latents must be an even batch", use=ncp_cpo_loss, noisy_latents=lambda x: x[:3]),
     pairs("timesteps", f"timesteps {SAME}", timesteps=torch.tensor([1, 2, 3, 4])),
     pairs("timesteps, cpo", f"timesteps {SAME}", use=ncp_cpo_loss, timesteps=torch.tensor([1, 2, 3, 4])),
-    pairs("noise", f"target (the noise) {SAME}", target=torch.randn_like),
+    pairs("noise", f"target (noise, for a schedule that predicts epsilon) {SAME}", target=torch.randn_like),
     pairs("variance_noise", f"variance_noise {SAME}", variance_noise=torch.randn_like),
     # Half the rows: what a loop has before it repeats them for winners and losers.
     pairs("half the timesteps", "timesteps must be 0-dimensional or of shape (4,)", timesteps=torch.tensor([1, 2])),
@@ -194,10 +194,10 @@ ROWS += [
     pairs("half the z", "variance_noise must be shaped like noisy_latents", variance_noise=lambda x: x[:2]),
     pairs(
         "both references",
-        "ref_pred, ref_error must be given one without the other; it was both",
+        "ref_pred or ref_error must be given, and only one of them; it was both",
         ref_error=torch.ones(4),
     ),
-    pairs("no reference", "ref_pred, ref_error must be given one without the other; it was neither", ref_pred=None),
+    pairs("no reference", "ref_pred or ref_error must be given, and only one of them; it was neither", ref_pred=None),
     *[
         pairs(f"ref_error: {id}", f"ref_error must be {must}", error, ref_pred=None, ref_error=value)
         for id, value, must, error in [
