@@ -223,6 +223,7 @@ def draw_margins(path: Path, found: dict[str, Any]) -> None:
     for axis, case in zip(axes, CASES, strict=True):
         draw_margin(axis, found[case.name])
         axis.set_title(case.title, fontsize=11)
-    axes[1].legend(frameon=False, fontsize=8, loc="upper left", title="timesteps", title_fontsize=8, alignment="left")
+    compact = {"ncols": 2, "columnspacing": 0.6, "handlelength": 1}
+    axes[1].legend(frameon=False, fontsize=8, loc="lower left", title="timesteps", title_fontsize=8, **compact)
     figure.suptitle("beta * margin over training, by timestep", fontsize=12)
     report.save_figure(path, figure)
