@@ -515,3 +515,21 @@ class NoDraws(NamedTuple):
 
     def errors(self, model_pred: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> Any:
         return self.ncp.errors(model_pred, *inputs, variance_noise=torch.zeros_like(inputs[0]), **options)
+
+
+def test_rewards_without_a_reference_are_minus_beta_times_the_errors() -> None:
+    chosen, rejected = torch.tensor([0.5, 1.0]), torch.tensor([2.0, 3.0])
+    found = preference_metrics(chosen, chosen, rejected, None, 2.0)
+    expected = {"rewards/chosen": -1.5, "rewards/rejected": -5.0, "rewards/margins": 3.5}
+    assert {name: found[name].item() for name in expected} == expected
+    assert "ref_loss" not in found
+
+
+def test_a_reference_that_is_nan_counts_as_an_error_of_one() -> None:
+    found = relative_beta(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 3.0]), kappa=3.0)
+    assert found.tolist() == [3.0, 1.5]
+
+
+def test_flows_timesteps_between_whole_numbers_have_their_range() -> None:
+    found = by_timestep(torch.tensor([1.0, 3.0]), torch.tensor([249.5, 250.5]), edges=(0, 250, 1000))
+    assert [value.item() for value in found.values()] == [1.0, 3.0]
