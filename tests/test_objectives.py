@@ -33,8 +33,6 @@ SMOOTHED = ("sigmoid", "robust")
 numbers = st.floats(0, 10, allow_subnormal=False)
 quads = st.lists(st.tuples(numbers, numbers, numbers, numbers), min_size=1, max_size=5)
 betas = st.floats(1e-2, 1e6)
-# Each by itself: a property that drew the type would draw some of them rarely, or never.
-each_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 beta_lists = st.lists(betas, min_size=5, max_size=5)
 
 
@@ -42,15 +40,15 @@ def columns(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -
     return tuple(torch.tensor(rows, dtype=dtype).T.unbind())
 
 
-@each_loss_type
 @given(rows=quads, beta=betas, smoothing=st.floats(0, 0.49), anchor=st.floats(0, 10))
-def test_dpo_equals_the_oracle(rows, beta, loss_type, smoothing, anchor):
-    smoothing = smoothing if loss_type in SMOOTHED else 0.0
+def test_dpo_equals_the_oracle(rows, beta, smoothing, anchor):
     errors = columns(rows)
-    options = {"loss_type": loss_type, "label_smoothing": smoothing, "sft_weight": anchor}
-    loss = dpo_loss(*errors, beta=beta, **options, reduction="none")
-    truth = torch.tensor(oracle.dpo(*errors, beta, **options), dtype=torch.float64)
-    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
+    for loss_type in LOSS_TYPES:
+        smoothed = smoothing if loss_type in SMOOTHED else 0.0
+        options = {"loss_type": loss_type, "label_smoothing": smoothed, "sft_weight": anchor}
+        loss = dpo_loss(*errors, beta=beta, **options, reduction="none")
+        truth = torch.tensor(oracle.dpo(*errors, beta, **options), dtype=torch.float64)
+        torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
 
 
 @given(rows=quads, beta=betas, weight=st.floats(0, 10))
@@ -87,8 +85,7 @@ def test_kto_equals_the_oracle(rows, beta, seed, kl, weights):
     torch.testing.assert_close(loss, truth, rtol=1e-7, atol=1e-9)
 
 
-@each_loss_type
-@given(rows=quads, each=beta_lists)
+@given(rows=quads, each=beta_lists, loss_type=st.sampled_from(LOSS_TYPES))
 def test_a_beta_for_each_pair_is_that_of_each_pair(rows, each, loss_type):
     each = each[: len(rows)]
     a, b, c, d = columns(rows)
@@ -121,8 +118,12 @@ def test_swapping_winners_and_losers_negates_the_margin(rows, beta):
     assert one == -two
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "linear"])
-@given(rows=quads, beta=st.floats(1e-2, 1e2), step=st.floats(1e-3, 1))
+@given(
+    rows=quads,
+    beta=st.floats(1e-2, 1e2),
+    loss_type=st.sampled_from([name for name in LOSS_TYPES if name != "linear"]),
+    step=st.floats(1e-3, 1),
+)
 def test_dpo_is_monotone_in_each_error(rows, beta, loss_type, step):
     errors = columns(rows)
     margin = (errors[1] - errors[3]) - (errors[0] - errors[2])
@@ -170,10 +171,10 @@ def gradients(loss, errors):
     return [torch.zeros_like(e) if g is None else g for e, g in zip(leaves, found, strict=True)]
 
 
-@each_loss_type
 @given(
     rows=st.lists(st.tuples(*[st.floats(0, 65504, width=16)] * 4), min_size=1, max_size=4),
     beta=st.sampled_from([1e-6, 2500.0, 1e9, 1e20]),
+    loss_type=st.sampled_from(LOSS_TYPES),
 )
 def test_losses_and_gradients_are_finite_at_extreme_beta_and_extreme_errors_in_fp16(rows, beta, loss_type):
     errors = columns(rows, torch.float16)
@@ -225,8 +226,7 @@ def test_linear_has_dpos_slope_where_the_model_equals_the_reference(rows, beta):
     torch.testing.assert_close(linear, dpo, rtol=1e-12, atol=0)
 
 
-@each_loss_type
-@given(rows=quads, beta=betas)
+@given(rows=quads, beta=betas, loss_type=st.sampled_from(LOSS_TYPES))
 def test_a_better_winner_and_a_worse_loser_lower_the_loss(rows, beta, loss_type):
     errors = columns(rows)
     z = beta * ((errors[1] - errors[3]) - (errors[0] - errors[2]))
@@ -243,8 +243,7 @@ def test_a_better_winner_and_a_worse_loser_lower_the_loss(rows, beta, loss_type)
     assert (error.where(liked, -error) >= 0).all()
 
 
-@each_loss_type
-@given(rows=quads, beta=betas, weight=st.floats(0, 100))
+@given(rows=quads, beta=betas, loss_type=st.sampled_from(LOSS_TYPES), weight=st.floats(0, 100))
 def test_the_anchor_adds_its_weight_to_the_winners_gradient_and_nothing_else(rows, beta, loss_type, weight):
     errors = columns(rows)
     plain, anchored = (
@@ -405,14 +404,6 @@ def test_kappa_is_beta_by_the_references_errors_and_a_batch_in_parts_is_the_whol
         torch.testing.assert_close(alone, whole[rows[:2]], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("beta", [500.0, torch.tensor([500.0]), "2500"])
-def test_a_beta_beside_kappa_is_refused_since_only_one_of_them_could_count(beta):
-    unet = sd15()
-    ncp, arguments = NoiseConditionedPerceptualLoss(unet), batch(unet, 1, pairs=True, height=8, width=8)
-    with pytest.raises(ValueError, match="beta must be left out where kappa is given"):
-        ncp_dpo_loss(ncp, **arguments, beta=beta, kappa=2.0)
-
-
 @pytest.mark.parametrize("kappa", [0, -1.0, math.nan, math.inf])
 def test_a_kappa_that_is_not_positive_and_finite_is_refused_by_name(kappa):
     e = torch.ones(2)
@@ -524,3 +515,21 @@ class NoDraws(NamedTuple):
 
     def errors(self, model_pred: torch.Tensor, *inputs: torch.Tensor, **options: Any) -> Any:
         return self.ncp.errors(model_pred, *inputs, variance_noise=torch.zeros_like(inputs[0]), **options)
+
+
+def test_rewards_without_a_reference_are_minus_beta_times_the_errors() -> None:
+    chosen, rejected = torch.tensor([0.5, 1.0]), torch.tensor([2.0, 3.0])
+    found = preference_metrics(chosen, chosen, rejected, None, 2.0)
+    expected = {"rewards/chosen": -1.5, "rewards/rejected": -5.0, "rewards/margins": 3.5}
+    assert {name: found[name].item() for name in expected} == expected
+    assert "ref_loss" not in found
+
+
+def test_a_reference_that_is_nan_counts_as_an_error_of_one() -> None:
+    found = relative_beta(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 3.0]), kappa=3.0)
+    assert found.tolist() == [3.0, 1.5]
+
+
+def test_flows_timesteps_between_whole_numbers_have_their_range() -> None:
+    found = by_timestep(torch.tensor([1.0, 3.0]), torch.tensor([249.5, 250.5]), edges=(0, 250, 1000))
+    assert [value.item() for value in found.values()] == [1.0, 3.0]

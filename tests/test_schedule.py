@@ -89,8 +89,9 @@ def test_latents_differ_by_B_times_the_difference_of_predictions_whatever_the_va
         torch.testing.assert_close(back.displacement(o, target), difference, rtol=1e-9, atol=1e-12)
 
 
-@given(t=st.integers(0, 999), step=st.integers(1, 1200), kind=st.sampled_from(TYPES))
-def test_the_true_prediction_lands_on_the_forward_process(t, step, kind):
+@pytest.mark.parametrize("kind", TYPES)
+@given(t=st.integers(0, 999), step=st.integers(1, 1200))
+def test_the_true_prediction_lands_on_the_forward_process(kind, t, step):
     """With x_0 and eps known, x_t' has the signal alpha(t') x_0, and noise of variance sigma(t')^2."""
     schedule = NoiseSchedule(BETAS, kind)
     tt = torch.tensor([t])
@@ -552,6 +553,27 @@ def test_small_dtypes_of_timesteps_do_not_wrap_around(dtype: torch.dtype) -> Non
     for step in (1, 7, "clean"):
         assert torch.equal(NOISE.next_timesteps(t.to(dtype), step).long(), NOISE.next_timesteps(t, step))
         assert torch.equal(NOISE.reverse_step(t.to(dtype), step).B, NOISE.reverse_step(t, step).B)
+
+
+@pytest.mark.parametrize("schedule", [NOISE, FLOW], ids=["noise", "flow"])
+def test_three_pairs_draw_three_steps(schedule: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = schedule.reverse_step(torch.full((6,), 900), "uniform", generator=generator, pairs=True).timesteps
+    assert torch.equal(drawn[:3], drawn[3:])
+    assert len(drawn.unique()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int64, "float32"])
+def test_coefficients_have_sixteen_bits_or_more(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^dtype must be a floating-point torch.dtype of 16 bits or more; it was"):
+        NOISE.reverse_step(ONE, dtype=dtype)
+
+
+def test_a_schedule_shows_what_it_was_made_of() -> None:
+    assert repr(NOISE) == "NoiseSchedule(1000 steps, prediction_type='epsilon')"
+    assert repr(FlowSchedule(3.0, 50)) == "FlowSchedule(shift=3.0, steps=50)"
+    of_x_0 = FlowSchedule(steps=50, prediction_type="sample")
+    assert repr(of_x_0) == "FlowSchedule(shift=1.0, steps=50, prediction_type='sample')"
 
 
 # The checks that every file uses.
