@@ -17,9 +17,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import sdxl
+from models import batch, sdxl, small
 from torch import Tensor, nn
-from users import batch, small
 
 import ncp_loss
 from ncp_loss import FlowSchedule, NoiseSchedule
@@ -411,7 +410,7 @@ ERRORS = {
     "ref_pred": Argument(ARGUMENTS["ref_pred"], ROWS | {"None"}),
     "pairs": Argument(False, named="pairs|both members of a pair"),
 }
-XL_ARGUMENTS = batch(xl()._encoder.view, timesteps=[10, 50])
+XL_ARGUMENTS = batch(sdxl(dtype=torch.float32), timesteps=[10, 50])
 ADDED = XL_ARGUMENTS.pop("added_cond_kwargs")
 
 
