@@ -8,6 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from ncp_loss import NoiseConditionedPerceptualLoss
+from ncp_loss.encoder import FrozenEncoder
+
 
 def sd15(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> UNet2DConditionModel:
     """Four levels, attention in all but the last; frozen."""
@@ -47,6 +50,13 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) ->
     return _seeded(seed, dtype, config | overrides)
 
 
+def small(dtype: torch.dtype = torch.float64, seed: int = 0) -> UNet2DConditionModel:
+    """Two levels of `sd15`: where the layout makes no difference."""
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    config = {"block_out_channels": (8, 16), "norm_num_groups": 4, "down_block_types": down, "up_block_types": up}
+    return sd15(seed, dtype, sample_size=8, **config)
+
+
 LAYOUTS = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl}
 PREDICTION_TYPE = {"sd15": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
 
@@ -56,14 +66,17 @@ def batch(
     size: int = 2,
     *,
     pairs: bool = False,
-    height: int = 16,
-    width: int = 16,
+    height: int | None = None,
+    width: int | None = None,
     timesteps: list[int] | None = None,
     error: float = 0.3,
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Arguments of ``ncp.errors``, ``size`` rows; with ``pairs``, size winners and then their losers."""
+    """Arguments of ``ncp.errors``, ``size`` rows; with ``pairs``, size winners and then their losers.
+
+    Without height or width, that is the model's own ``sample_size``.
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = unet.dtype if dtype is None else dtype
 
@@ -74,7 +87,7 @@ def batch(
         return x.repeat(2, *[1] * (x.ndim - 1)) if pairs else x
 
     rows = 2 * size if pairs else size
-    shape = (unet.config.in_channels, height, width)
+    shape = (unet.config.in_channels, *(side or unet.config.sample_size for side in (height, width)))
     t = torch.tensor(timesteps) if timesteps else torch.randint(1, 1000, (size,), generator=generator)
     target = twice(normal(size, *shape))
     arguments: dict[str, Any] = {
@@ -90,6 +103,15 @@ def batch(
         sizes = torch.tensor([64.0, 80.0, 1.0, 3.0, 1021.0, 1024.0], dtype=dtype).expand(rows, 6)
         arguments["added_cond_kwargs"] = {"text_embeds": twice(normal(size, 8)), "time_ids": sizes}
     return arguments
+
+
+def encoder_of(ncp: NoiseConditionedPerceptualLoss) -> FrozenEncoder:
+    """What the loss calls, which has no public name.
+
+    Only from inside a loss can it be told which calls the encoder gets, in what dtype and how many, what its gradients
+    are, and whose memory its weights are in. What it computes is public: ``ncp.features``.
+    """
+    return ncp._encoder
 
 
 def _seeded(seed: int, dtype: torch.dtype, config: dict[str, Any]) -> UNet2DConditionModel:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from models import batch, encoder_of, small
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
@@ -24,10 +25,9 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from test_untouched import Seen, storages
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from users import AT, RANKS, Build, add_lora, batch, block_output, features, full, same, small
+from users import AT, RANKS, Build, Seen, add_lora, block_output, features, full, same, storages
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import frozen_view, ncp_dpo_loss
@@ -158,7 +158,7 @@ def assert_the_base_model(model: nn.Module, pristine: nn.Module, arguments: dict
     assert torch.equal(view(*at).sample, expected)
     assert torch.equal(features(ncp, arguments), block_output(pristine, "down_blocks.1", arguments))
     assert all(map(torch.equal, ncp.errors(**arguments), NCP(pristine).errors(**arguments)))
-    assert storages(view, ncp._encoder.view).keys() <= storages(model).keys()
+    assert storages(view, encoder_of(ncp).view).keys() <= storages(model).keys()
 
 
 @pytest.mark.parametrize("build", PEFT.values(), ids=PEFT)
@@ -208,7 +208,7 @@ def test_adapters_train_and_the_base_stays(build: Callable[[nn.Module], nn.Modul
     arguments["model_pred"], arguments["ref_pred"] = model(*at).sample, reference(*at).sample
     (1e6 * ncp_dpo_loss(ncp, **arguments, loss_type="ipo").loss).backward()  # "ipo" never saturates
     assert all(p.grad is not None and p.grad.any() for p in trained)
-    assert not [p for p in (*reference.parameters(), *ncp._encoder.view.parameters()) if p.grad is not None]
+    assert not [p for p in (*reference.parameters(), *encoder_of(ncp).view.parameters()) if p.grad is not None]
     torch.optim.AdamW(trained, lr=1e-2).step()
     assert not torch.allclose(model(*at).sample, arguments["model_pred"])
     assert torch.equal(features(ncp, arguments), expected)
@@ -418,7 +418,7 @@ def test_quantised_weights_are_shared_never_copied_and_lead_gradients_to_the_lat
     assert gradient.isfinite().all()
     assert gradient.any()
     users = {id(t) for t in (*unet.parameters(), *unet.buffers())}
-    for ours in (view, ncp._encoder.view):
+    for ours in (view, encoder_of(ncp).view):
         assert {id(t) for t in (*ours.parameters(), *ours.buffers())} <= users
 
 

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from programs import ROOT, called, started
 
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks import __main__ as benchmarks
 from benchmarks.report import Kept
 from benchmarks.timing import interleaved
+from examples import demo
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def started(name: str, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """A benchmark as a user starts it: kernels are not interpreted, as they are in the tests' own process."""
-    theirs = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks", name, "--tiny", "--out", str(out), *arguments]
-    env = theirs | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-
-
-def ran(name: str, out: Path, *arguments: str, **environment: str) -> dict:
-    """The record of a benchmark at its smallest size, with its table and its figure beside it."""
-    done = started(name, out, *arguments, **environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+def written(name: str, out: Path) -> dict:
+    """The record of a benchmark, with its table and its figure beside it."""
     assert len(list(csv.DictReader((out / f"{name}.csv").open()))) > 1
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((out / f"{name}.json").read_text())
@@ -38,9 +27,15 @@ def ran(name: str, out: Path, *arguments: str, **environment: str) -> dict:
 
 # Kernels and the evidence study have tests of their own.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(BENCHMARKS.keys() - {"kernels", "evidence"}))
-def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path):
-    assert {"command", "machine", "versions"} <= set(ran(name, tmp_path))
+@pytest.mark.parametrize("name", sorted(benchmarks.BENCHMARKS.keys() - {"kernels", "evidence"}))
+def test_a_benchmark_runs_at_its_smallest_size(name, tmp_path, monkeypatch):
+    def run(command, **_):  # the processes of the benchmark of the demo
+        assert command[1:3] == ["-m", demo.__name__]
+        called(demo.main, *command[3:])
+
+    monkeypatch.setattr("benchmarks.demo.subprocess", SimpleNamespace(run=run, DEVNULL=None))
+    called(benchmarks.main, name, "--tiny", "--out", tmp_path)
+    assert {"command", "machine", "versions"} <= set(written(name, tmp_path))
 
 
 def test_interrupted_timings_go_on_with_the_rounds_that_were_kept(tmp_path):
@@ -63,9 +58,16 @@ def test_committed_results_name_machine_versions_and_command():
         assert {"torch", "diffusers", "ncp_loss"} <= set(record["versions"])
 
 
+def kernels(out: Path, **environment: str):
+    """The benchmark in a process where kernels are not interpreted, as they may be in this one."""
+    return started("-m", "benchmarks", "kernels", "--tiny", "--out", out, **environment)
+
+
 @pytest.mark.slow
 def test_compiled_kernels_spill_nothing_touch_no_local_memory_and_load_sixteen_bytes_at_a_time(tmp_path):
-    compiled = ran("kernels", tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cold"))["compiled"]  # nothing was kept
+    done = kernels(tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cold"))  # nothing was kept
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = written("kernels", tmp_path)["compiled"]
     assert {row["GPU"] for row in compiled} == {"A100", "H100", "B200"}
     for row in compiled:
         assert (row["stack bytes"], row["local bytes"], row["local accesses"]) == (0, 0, 0), row
@@ -75,6 +77,6 @@ def test_compiled_kernels_spill_nothing_touch_no_local_memory_and_load_sixteen_b
 
 @pytest.mark.slow
 def test_interpreted_kernels_are_refused_in_one_line_where_they_would_be_compiled(tmp_path):
-    done = started("kernels", tmp_path, TRITON_INTERPRET="1")
+    done = kernels(tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert done.stderr == "TRITON_INTERPRET must be unset to compile; it was '1'\n"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import ROOT, started
 
-TESTS = Path(__file__).parent
 # The test's own process is told to interpret kernels, and the kernels then take a CPU's tensors too.
 PROGRAM = """
 import json, os
@@ -37,9 +34,7 @@ print(json.dumps([found(), found(impl="eager"), found(impl="triton")]))
 @pytest.fixture(scope="module")
 def found() -> list:
     """What a loss gives by default, and with each form asked for by name: value and gradient, or an error."""
-    theirs = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env = theirs | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
+    done = started("-c", PROGRAM, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from models import batch, small
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from users import AT, Build, add_lora, batch, full, small
+from users import AT, Build, add_lora, full
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import NoiseSchedule, ncp_dpo_loss

@@ -23,7 +23,7 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from models import batch, sd15, sdxl
+from models import batch, encoder_of, sd15, sdxl
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from users import AT, add_lora, block_output
@@ -331,7 +331,7 @@ def test_an_ip_adapter_in_training_is_kept_as_it_was() -> None:
     got = ncp.features(*args, added_cond_kwargs=given["added_cond_kwargs"])["down_blocks"]
     assert torch.equal(got, expected)
     users = {p.data_ptr() for p in unet.parameters()}
-    own = [n for n, p in ncp._encoder.view.named_parameters() if p.data_ptr() not in users]
+    own = [n for n, p in encoder_of(ncp).view.named_parameters() if p.data_ptr() not in users]
     assert own
     assert all("_ip." in name or "encoder_hid_proj" in name for name in own)
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from models import batch, small
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute
-from users import AT, RANKS, Build, add_lora, attention_only, batch, full, peft_lora, small
+from users import AT, RANKS, Build, add_lora, attention_only, full, peft_lora
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import frozen_view, ncp_dpo_loss

@@ -12,7 +12,7 @@ import torch
 import torch.utils.checkpoint
 from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from models import LAYOUTS, batch, sd15, sdxl
+from models import LAYOUTS, batch, encoder_of, sd15, sdxl
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncp_loss import NoiseConditionedPerceptualLoss, frozen_view, ncp_dpo_loss
@@ -95,7 +95,7 @@ def test_each_point_is_one_call_with_the_trainers_own_batch_and_one_of_them_has_
 def calls_of(ncp):
     """(rows, whether a graph is recorded) of every call of the encoder."""
     calls = []
-    ncp._encoder.view.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
+    encoder_of(ncp).view.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
     return calls
 
 
@@ -166,7 +166,7 @@ def test_chunks_keep_the_members_of_a_pair_together():
     arguments = batch(unet, 3, pairs=True)
     arguments["noisy_latents"] = torch.arange(6.0, dtype=torch.float64).reshape(-1, 1, 1, 1).expand(6, 4, 16, 16)
     ncp, seen = NoiseConditionedPerceptualLoss(unet, chunk_size=2), []
-    ncp._encoder.view.register_forward_pre_hook(lambda m, a: seen.append(a[0].mean((1, 2, 3)).round().tolist()))
+    encoder_of(ncp).view.register_forward_pre_hook(lambda m, a: seen.append(a[0].mean((1, 2, 3)).round().tolist()))
     ncp.errors(**arguments, pairs=True)
     assert {tuple(rows) for rows in seen} == {(0.0, 3.0), (1.0, 4.0), (2.0, 5.0)}
 
@@ -191,7 +191,7 @@ def test_conditioning_that_has_no_batch_first_is_refused_by_name_in_chunks(given
 
 def owned_bytes(ncp, unet) -> int:
     theirs = {p.untyped_storage().data_ptr() for p in unet.parameters()}
-    ours = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in ncp._encoder.view.parameters()}
+    ours = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in encoder_of(ncp).view.parameters()}
     return sum(size for pointer, size in ours.items() if pointer not in theirs)
 
 
@@ -207,7 +207,7 @@ def test_a_frozen_model_is_shared_and_a_trainable_one_copied_as_far_as_the_layer
     args, extra = inputs(unet)
     ran = set()
     path = f"down_blocks.{len(unet.down_blocks) - 1}" if layer == "down_blocks" else layer
-    for name, module in ncp._encoder.view.named_modules():
+    for name, module in encoder_of(ncp).view.named_modules():
         module.register_forward_pre_hook(lambda m, a, name=name: ran.add(name))
     ncp.features(*args, **extra)
     block = ".".join(path.split(".")[:2])  # whose modules' order is the block's own affair
@@ -234,7 +234,7 @@ def test_moving_the_loss_converts_its_own_copies_and_never_the_users_weights():
     unet = sd15(dtype=torch.float32).requires_grad_(True)
     ncp = NoiseConditionedPerceptualLoss(unet)
     ncp.to(torch.bfloat16)
-    assert ncp._encoder.view.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
+    assert encoder_of(ncp).view.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
     assert ncp.features(*inputs(unet)[0])["down_blocks"].dtype == torch.bfloat16
 
@@ -266,7 +266,7 @@ def test_recomputation_in_backward_keeps_no_features_and_ends_no_pass(stops_earl
     ncp = NoiseConditionedPerceptualLoss(unet, ["down_blocks.0.resnets.0", "down_blocks"], checkpoint=True)
     with torch.utils.checkpoint.set_checkpoint_early_stop(stops_early):
         ncp.errors(**arguments)[0].sum().backward()
-    assert not ncp._encoder._pass.kept
+    assert not encoder_of(ncp)._pass.kept
     wanted = NoiseConditionedPerceptualLoss(unet, ["down_blocks.0.resnets.0", "down_blocks"]).errors(**arguments)[0]
     assert torch.equal(arguments["model_pred"].grad, torch.autograd.grad(wanted.sum(), arguments["model_pred"])[0])
 

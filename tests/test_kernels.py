@@ -11,10 +11,11 @@ import torch
 from einops import reduce
 from hypothesis import given
 from hypothesis import strategies as st
+from models import batch, small
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from users import add_lora, batch, small
+from users import add_lora
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import error as room

@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet3DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, PAGIdentitySelfAttnProcessor2_0
 from families import FAMILIES, ROWS, TEXT, WIDTH, of_diffusers, transformer
-from models import batch, sd15, sdxl
+from models import batch, encoder_of, sd15, sdxl
 from torch import Tensor, nn
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
@@ -221,7 +221,7 @@ def test_a_keyword_that_the_model_does_not_know_is_not_swallowed() -> None:
 def test_a_second_use_of_a_loss_while_a_pass_runs_is_refused() -> None:
     unet = sd15()
     ncp, arguments = NCP(unet), batch(unet)
-    ncp._encoder.view.down_blocks[0].register_forward_hook(lambda *_: ncp.errors(**arguments))
+    encoder_of(ncp).view.down_blocks[0].register_forward_hook(lambda *_: ncp.errors(**arguments))
     with pytest.raises(RuntimeError, match="ncp must be used once at a time"):
         ncp.errors(**arguments)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import batch, sd15, sdxl
+from models import batch, encoder_of, sd15, sdxl
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -135,7 +135,7 @@ def test_gradients_neither_underflow_nor_overflow_whatever_the_loss_is_scaled_by
     arguments = arguments_for(half, 900, 0.01, 0)
     seen = []
     ncp = NoiseConditionedPerceptualLoss(half)
-    ncp._encoder.view.down_blocks[-1].register_full_backward_hook(lambda m, gi, go: seen.append(go[0].float()))
+    encoder_of(ncp).view.down_blocks[-1].register_full_backward_hook(lambda m, gi, go: seen.append(go[0].float()))
     error, _ = ncp.errors(**arguments)
     (one,) = torch.autograd.grad(error.sum(), arguments["model_pred"], retain_graph=True)
     (scaled,) = torch.autograd.grad(scale * error.double().sum(), arguments["model_pred"], retain_graph=True)
@@ -181,7 +181,7 @@ def test_auto_costs_at_most_half_more_encoder_work_in_bf16_and_a_quarter_more_in
     """One call a point and one backward pass; target, reference, model and backward are the definition's four."""
     unet = sd15(dtype=dtype)
     ncp, calls = NoiseConditionedPerceptualLoss(unet), []
-    ncp._encoder.view.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
+    encoder_of(ncp).view.register_forward_pre_hook(lambda m, a: calls.append((len(a[0]), torch.is_grad_enabled())))
     ncp.errors(**batch(unet, 3))
     assert calls == [(3, False)] * (expected - 2) + [(3, True)]
 
@@ -200,7 +200,7 @@ def test_without_a_gradient_to_take_nothing_is_evaluated_for_one():
     ncp, calls = NoiseConditionedPerceptualLoss(unet), []
     arguments = batch(unet, 3)
     with_gradient, with_ref = ncp.errors(**arguments)
-    ncp._encoder.view.register_forward_pre_hook(lambda m, a: calls.append(len(a[0])))
+    encoder_of(ncp).view.register_forward_pre_hook(lambda m, a: calls.append(len(a[0])))
     with torch.no_grad():
         error, ref_error = ncp.errors(**arguments)
     assert calls == [3] * 4

@@ -6,18 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import batch, sd15, sdxl
+from models import batch, encoder_of, sd15, sdxl, small
 
 from ncp_loss import NoiseConditionedPerceptualLoss, ncp_cpo_loss, ncp_dpo_loss
 
-TINY = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "norm_num_groups": 4,
-}
-UNET = sd15(**TINY)
-HALVES = {dtype: sd15(dtype=dtype, **TINY) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+UNET = small()
+HALVES = {dtype: small(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 SETTINGS = settings(max_examples=20)
 
 seeds = st.integers(0, 10_000)
@@ -200,7 +194,7 @@ def test_sdxl_sizes_are_not_rounded_to_the_models_dtype():
     ids[:, 4] = 1021.0
     seen = []
     ncp = NoiseConditionedPerceptualLoss(unet)
-    ncp._encoder.view.add_time_proj.register_forward_hook(lambda m, a, out: seen.append(a[0].clone()))
+    encoder_of(ncp).view.add_time_proj.register_forward_hook(lambda m, a, out: seen.append(a[0].clone()))
     ncp.features(
         arguments["noisy_latents"].float(),
         arguments["timesteps"],
@@ -221,7 +215,7 @@ def test_a_second_derivative_is_refused_not_zero(difference):
 
 
 def test_a_layer_that_is_silent_adds_nothing_to_a_normalized_error():
-    unet = sd15(**TINY)
+    unet = small()
     with torch.no_grad():
         for parameter in unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_out.parameters():
             parameter.zero_()

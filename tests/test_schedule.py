@@ -18,9 +18,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import batch, small
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from users import batch, small
 
 from ncp_loss import FlowSchedule, NoiseSchedule
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from families import FAMILIES, Family, family_batch, flow, of_diffusers, transformer
 from hypothesis import given
 from hypothesis import strategies as st
+from models import encoder_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ def test_nothing_past_the_layer_runs(name: str) -> None:
     model, layer = transformer(family), family.layers[-1]
     ncp, ran = loss(family, model, layer), []
     parent = layer.rpartition(".")[0]
-    for block_name, block in ncp._encoder.view.get_submodule(parent).named_children():
+    for block_name, block in encoder_of(ncp).view.get_submodule(parent).named_children():
         block.register_forward_pre_hook(lambda *_, n=block_name: ran.append(int(n)))
     ncp.errors(**family_batch(family))
     last = list(model.get_submodule(parent)).index(module_at(model, layer))
@@ -127,7 +128,7 @@ def test_every_estimator_agrees_and_lora_trains_on_a_shared_frozen_base(name: st
     shared = {p.data_ptr() for p in adapted.parameters()}
     for difference in ("scaled", "central"):
         ncp = loss(family, adapted, layer, difference=difference)
-        assert all(p.data_ptr() in shared for p in ncp._encoder.view.parameters())
+        assert all(p.data_ptr() in shared for p in encoder_of(ncp).view.parameters())
         torch.testing.assert_close(ncp.errors(**given)[0], literal, rtol=0.05, atol=0)
     reference = frozen_view(adapted)
     conditioning = {k: v for k, v in given.items() if k not in CONDITIONING}

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from models import sd15, sdxl
+from models import batch, encoder_of, sd15, sdxl, small
 from torch import Tensor, nn
 from users import (
     AT,
     Build,
+    Seen,
     add_lora,
     attention_only,
-    batch,
     block_output,
     dora,
     features,
@@ -27,7 +27,7 @@ from users import (
     lora_and_biases,
     peft_lora,
     same,
-    small,
+    storages,
 )
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
@@ -43,44 +43,6 @@ def in_training(unet: nn.Module) -> nn.Module:
     unet.down_blocks[0].register_forward_hook(lambda module, args, output: None)
     unet.conv_in.register_forward_pre_hook(lambda module, args: None)
     return Accelerator(mixed_precision="bf16", cpu=True).prepare(unet)
-
-
-def storages(*modules: nn.Module) -> dict[int, int]:
-    """Bytes by address of every parameter and buffer."""
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-
-
-class Seen:
-    """All of a model that its owner could notice: each module's attributes, each tensor's state and values."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.alive: list[Any] = []  # so that no id is given out twice
-        self.attributes = {
-            (name, key): self._identity(value)
-            for name, module in model.named_modules()
-            for key, value in vars(module).items()
-        }
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.tensors = {
-            name: (id(t), t._version, t.requires_grad, t.dtype, t.device, t.data_ptr(), t.grad is None, t.stride())
-            for name, t in tensors.items()
-        }
-        self.values = {name: t.detach().clone() for name, t in tensors.items()}
-        self.generator = torch.get_rng_state()
-
-    def _identity(self, value: Any) -> Any:
-        self.alive.append(value)
-        if isinstance(value, dict):
-            return id(value), [(key, id(item)) for key, item in value.items()]
-        return (id(value), list(map(id, value))) if isinstance(value, list | tuple | set) else id(value)
-
-    def assert_same(self, model: nn.Module) -> None:
-        now = Seen(model)
-        assert now.attributes == self.attributes
-        assert now.tensors == self.tensors
-        assert all(torch.equal(value, self.values[name]) for name, value in now.values.items())
-        assert torch.equal(now.generator, self.generator)
 
 
 @pytest.mark.parametrize("build", [same, full, attention_only, in_training, add_lora, peft_lora, dora, loha])
@@ -142,7 +104,7 @@ def test_a_copy_gives_the_same_errors_from_weights_of_its_own(build: Build, copi
         for parameter in model.parameters():
             parameter.mul_(2)
     assert torch.equal(twin.errors(**arguments)[0], error)
-    assert not storages(twin._encoder.view).keys() & storages(model).keys()
+    assert not storages(encoder_of(twin).view).keys() & storages(model).keys()
 
 
 def test_gradients_reach_the_prediction_alone() -> None:
@@ -169,13 +131,13 @@ def test_every_adapter_weight_gets_a_gradient_and_the_base_none(build: Build) ->
     adapter = {name: p for name, p in model.named_parameters() if not any(p is b for b in base)}
     assert adapter
     assert [name for name, p in adapter.items() if p.grad is None or not p.grad.any()] == []
-    assert [p for p in (*base, *reference.parameters(), *ncp._encoder.view.parameters()) if p.grad is not None] == []
+    assert [p for p in (*base, *reference.parameters(), *encoder_of(ncp).view.parameters()) if p.grad is not None] == []
 
 
 @ADAPTERS
 def test_under_adapters_encoder_and_reference_add_no_bytes(build: Build) -> None:
     model = build(small())
-    assert storages(NCP(model)._encoder.view, frozen_view(model)).keys() <= storages(model).keys()
+    assert storages(encoder_of(NCP(model)).view, frozen_view(model)).keys() <= storages(model).keys()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +150,7 @@ def test_under_adapters_encoder_and_reference_add_no_bytes(build: Build) -> None
 )
 def test_full_fine_tuning_copies_what_leads_to_the_layer_and_nothing_past_it(layer: str, needed: list[str]) -> None:
     unet = full(sd15())
-    held, users = storages(NCP(unet, layer)._encoder.view), storages(unet)
+    held, users = storages(encoder_of(NCP(unet, layer)).view), storages(unet)
     owned = {address: size for address, size in held.items() if address not in users}
     assert sum(owned.values()) == sum(storages(*[unet.get_submodule(name) for name in needed]).values())
 

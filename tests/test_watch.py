@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from models import batch, encoder_of, small
 from peft import LoraConfig, get_peft_model
 from test_adapters import lycoris
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
-from users import AT, Build, add_lora, batch, block_output, features, full, peft_lora, same, small
+from users import AT, Build, add_lora, block_output, features, full, peft_lora, same
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import frozen_view
@@ -372,7 +373,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("build", [same, add_lora, full])
 def test_no_value_is_read_where_nothing_changed(build: Build) -> None:
     unet = build(small())
-    watch = NCP(unet)._encoder._watch
+    watch = encoder_of(NCP(unet))._watch
     with Reads() as reads:
         for _ in range(3):
             watch.check()
@@ -632,7 +633,7 @@ def test_weights_loaded_in_inference_mode_are_shared_too(make: Any, use: Any) ->
 
 def test_a_loss_that_is_gone_leaves_nothing_behind() -> None:
     ncp = NCP(small())
-    gone = weakref.ref(ncp._encoder._watch)
+    gone = weakref.ref(encoder_of(ncp)._watch)
     del ncp
     gc.collect()
     assert gone() is None

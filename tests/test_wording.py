@@ -11,9 +11,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler
-from models import batch, sdxl
+from models import batch, sdxl, small
 from torch import Tensor, nn
-from users import small
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import (
@@ -57,8 +56,13 @@ def ncp() -> NCP:
 
 
 @cache
+def xl_unet() -> nn.Module:
+    return sdxl(dtype=torch.float32)
+
+
+@cache
 def xl() -> NCP:
-    return NCP(sdxl(dtype=torch.float32), "down_blocks.0")
+    return NCP(xl_unet(), "down_blocks.0")
 
 
 def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -80,11 +84,11 @@ def pairs(id: str, message: str, error: type[Exception] = ValueError, use: Call 
 
 
 def xl_errors(**changes: Any) -> Any:
-    return xl().errors(**changed(batch(xl()._encoder.view, **SIZE), changes))
+    return xl().errors(**changed(batch(xl_unet(), **SIZE), changes))
 
 
 def added(id: str, message: str, error: type[Exception] = ValueError, **changes: Any) -> Bad:
-    cond = batch(xl()._encoder.view, **SIZE)["added_cond_kwargs"]
+    cond = batch(xl_unet(), **SIZE)["added_cond_kwargs"]
     return Bad(f"added {id}", partial(xl_errors, added_cond_kwargs=changed(cond, changes)), message, error)
 
 
@@ -395,8 +399,8 @@ def test_without_the_change_every_row_is_a_good_call() -> None:
         if use is not ncp_dpo_loss:
             del arguments["ref_pred"]
         assert use(ncp(), **arguments).loss.isfinite()
-    for loss in (ncp(), xl()):
-        assert all(error.isfinite().all() for error in loss.errors(**batch(loss._encoder.view, **SIZE)))
+    for loss, of in ((ncp(), unet()), (xl(), xl_unet())):
+        assert all(error.isfinite().all() for error in loss.errors(**batch(of, **SIZE)))
     assert features()
     assert all(use(**arguments) is not None for use, arguments in GOOD.items())
 

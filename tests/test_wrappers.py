@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from models import batch, encoder_of, small
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from users import AT, add_lora, batch, block_output, features, full, peft_lora, small
+from users import AT, add_lora, block_output, features, full, peft_lora
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 from ncp_loss import frozen_view, ncp_dpo_loss
@@ -184,7 +185,7 @@ def test_a_hook_on_the_view_is_not_on_the_model_nor_the_other_way_round() -> Non
 def test_flags_of_the_view_and_of_the_model_are_their_own() -> None:
     unet = small().train()
     unet.enable_gradient_checkpointing()
-    view, encoder = frozen_view(unet), NCP(unet, checkpoint=True)._encoder.view
+    view, encoder = frozen_view(unet), encoder_of(NCP(unet, checkpoint=True)).view
     blocks = [[m for m in model.modules() if hasattr(m, "gradient_checkpointing")] for model in (unet, view, encoder)]
     assert [{b.gradient_checkpointing for b in each} for each in blocks] == [{True}, {False}, {True}]
     assert [{m.training for m in model.modules()} for model in (unet, view, encoder)] == [{True}, {False}, {False}]

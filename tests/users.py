@@ -6,9 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import models
 import torch
-from models import sd15
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -17,17 +15,6 @@ from ncp_loss import NoiseConditionedPerceptualLoss as NCP
 AT = ("noisy_latents", "timesteps", "encoder_hidden_states")
 RANKS = {"r": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]}
 Build = Callable[[nn.Module], nn.Module]
-
-
-def small(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """Two levels of `sd15`: where the layout makes no difference."""
-    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-    config = {"block_out_channels": (8, 16), "norm_num_groups": 4, "down_block_types": down, "up_block_types": up}
-    return sd15(seed, dtype, sample_size=8, **config)
-
-
-def batch(unet: nn.Module, **options: Any) -> dict[str, Any]:
-    return models.batch(unet, **{"height": unet.config.sample_size, "width": unet.config.sample_size} | options)
 
 
 def same(unet: nn.Module) -> nn.Module:
@@ -81,3 +68,41 @@ def block_output(unet: nn.Module, path: str, arguments: dict[str, Any], **model_
     block.register_forward_hook(lambda _, args, out: caught.append((out[0] if isinstance(out, tuple) else out).clone()))
     pristine(*[arguments[name] for name in AT], **copy.deepcopy(model_kwargs))
     return caught[0]
+
+
+def storages(*modules: nn.Module) -> dict[int, int]:
+    """Bytes by address of every parameter and buffer."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+class Seen:
+    """All of a model that its owner could notice: each module's attributes, each tensor's state and values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.alive: list[Any] = []  # so that no id is given out twice
+        self.attributes = {
+            (name, key): self._identity(value)
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+        }
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.tensors = {
+            name: (id(t), t._version, t.requires_grad, t.dtype, t.device, t.data_ptr(), t.grad is None, t.stride())
+            for name, t in tensors.items()
+        }
+        self.values = {name: t.detach().clone() for name, t in tensors.items()}
+        self.generator = torch.get_rng_state()
+
+    def _identity(self, value: Any) -> Any:
+        self.alive.append(value)
+        if isinstance(value, dict):
+            return id(value), [(key, id(item)) for key, item in value.items()]
+        return (id(value), list(map(id, value))) if isinstance(value, list | tuple | set) else id(value)
+
+    def assert_same(self, model: nn.Module) -> None:
+        now = Seen(model)
+        assert now.attributes == self.attributes
+        assert now.tensors == self.tensors
+        assert all(torch.equal(value, self.values[name]) for name, value in now.values.items())
+        assert torch.equal(now.generator, self.generator)
