@@ -75,6 +75,7 @@ def of_case(case: dict[str, Any]) -> str:
 
 
 LAYER = "down_blocks.0"  # what is compiled in a second or two
+INSIDE = "down_blocks.0.resnets.0"  # without attention, whose gradient takes the most to trace
 
 
 def loss(unet: nn.Module, options: dict[str, Any], **others: Any) -> NCP:
@@ -87,7 +88,7 @@ def loss(unet: nn.Module, options: dict[str, Any], **others: Any) -> NCP:
 def test_the_loss_compiles_into_one_graph_with_the_value_and_gradient_of_eager(options: dict[str, Any]) -> None:
     unet = small()
     arguments = of_the_model(batch(unet))
-    ncp = loss(unet, options, layer=LAYER)
+    ncp = loss(unet, options, layer=INSIDE)
     whole = torch.compile(ncp, fullgraph=True, backend="aot_eager")
     assert_agree(value_and_gradient(whole, arguments), value_and_gradient(ncp, arguments))
 
@@ -255,7 +256,7 @@ def test_an_exported_loss_gives_the_same_values_at_other_timesteps(options: dict
     unet = small()
     arguments = {name: value.detach() for name, value in batch(unet, size=1, pairs=True, timesteps=[700]).items()}
     whole = Whole(loss(unet, options, layer=LAYER))
-    for _ in range(2):  # on a schedule whose tables are not made yet, and on one whose are
+    for _ in range(1 + ("schedule" in options)):  # at first its tables are not made yet
         program = torch.export.export(whole, (), arguments).module()
         later = arguments | {"timesteps": torch.full_like(arguments["timesteps"], 20)}
         torch.testing.assert_close(program(**later), whole(**later), rtol=1e-9, atol=0)
