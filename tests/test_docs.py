@@ -156,6 +156,31 @@ def test_the_page_on_beta_shows_the_committed_figures_and_a_relative_beta_is_ahe
         assert min(relative) > max(others)
 
 
+def evidence_rows() -> list[str]:
+    study = result("evidence-digits")
+    names = ("mean reward", "reward at equal FLOPs", "undamaged reward", "reward at kept diversity")
+
+    def row(label: str, of: dict, end: str, settings: str, sign: str = "") -> str:
+        cells = (f"{of[f'{name}{end}']:{sign}.3f} ± {of[f'{name}{end} ±']:.3f}" for name in names)
+        return f"| {label} | {settings} | {' | '.join(cells)} |"
+
+    rows = []
+    for of in study["summary"]:
+        lr, kappa = (study["tuned"][of["arm"]][key] for key in ("lr", "kappa"))
+        rows.append(row(of["arm"], of, "", f"{lr:g}, {kappa:g}"))
+    ncp = next(of for of in study["summary"] if of["arm"] == "NCP-DPO")
+    return [*rows, row("NCP-DPO over latent DPO", ncp, " over latent DPO", "", "+")]
+
+
+def test_the_page_on_evidence_shows_the_committed_figures_of_whole_arms():
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    for row in evidence_rows():
+        assert row in page, row
+    assert all(row["seeds"] == 5 for row in result("evidence-digits")["summary"])
+    flops = {run["arm"]: run["FLOPs a step"] for run in result("evidence-digits")["runs"]}
+    assert f"takes {flops['NCP-DPO'] / flops['latent DPO']:.2f} times the FLOPs" in page
+
+
 def healthy_rows() -> list[str]:
     keys = ("first |margin|", "last loss", "last accuracy", "norm 50%", "norm 90%", "reward")
     rows = ([row["run"], *(f"{float(f'{row[key]:.2g}'):g}" for key in keys)] for row in result("healthy")["summary"])
