@@ -315,6 +315,14 @@ def test_a_scheduler_whose_settings_stay_is_read_once(monkeypatch: pytest.Monkey
     assert schedule._moved is tables
 
 
+@pytest.mark.parametrize(("first", "then"), [("epsilon", "sample"), ("sample", "epsilon")])
+def test_any_other_prediction_type_is_followed(first: str, then: str) -> None:
+    scheduler = diffusers.DDPMScheduler(**SD, prediction_type=first)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    scheduler.register_to_config(prediction_type=then)
+    assert schedule.prediction_type == then
+
+
 def test_a_scheduler_that_was_made_in_inference_mode_is_read_like_any_other() -> None:
     with torch.inference_mode():
         scheduler = diffusers.DDPMScheduler(**SD)
@@ -336,6 +344,8 @@ def test_flow_schedulers_are_told_by_either_of_their_marks_and_without_the_optio
     heun = diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0)
     assert not hasattr(heun.config, "use_dynamic_shifting")
     assert (of(heun).prediction_type, of(heun).shift) == ("flow", 2.0)
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    assert of(dynamic).shift == 1.0
     marked = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", flow_shift=3.0)
     assert isinstance(of(marked), FlowSchedule)
     x_0 = diffusers.UniPCMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, flow_shift=3.0)

@@ -213,6 +213,7 @@ ROWS += [
     pairs("beta", BETA, beta=0.0),
     pairs("loss_type", f"loss_type must be one of {LOSS_TYPES}; it was 'kto'", loss_type="kto"),
     pairs("smoothing", f"{SMOOTHING} in [0, 0.5)", label_smoothing=0.5),
+    pairs("more smoothing", f"{SMOOTHING} in [0, 0.5)", label_smoothing=0.7),
     pairs("reduction", "reduction must be one of 'mean', 'none', 'sum'; it was 'avg'", reduction="avg"),
     # the objectives alone
     *[
@@ -224,6 +225,7 @@ ROWS += [
             (torch.ones(4, device="meta"), "beta must be on the device of the errors, cpu", ValueError),
             (torch.tensor([1.0, 0.0, 1.0, 1.0]), f"{BETA}; it was [1.0, 0.0, 1.0, 1.0]", ValueError),
             (torch.tensor([1.0, 1.0, NAN, 1.0]), f"{BETA}; it was [1.0, 1.0, nan, 1.0]", ValueError),
+            (torch.tensor([1.0, -1.0, 1.0, 1.0]), f"{BETA}; it was [1.0, -1.0, 1.0, 1.0]", ValueError),
         ]
     ],
     *[
