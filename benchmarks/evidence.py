@@ -241,7 +241,7 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
         "match": "share of samples that match the request",
         "diversity": "diversity, over that of real images",
     }
-    figure, axes = report.new_figure(columns=len(keys), width=14)
+    figure, axes = report.new_figure(columns=len(keys), width=9.5, height=3.4)
     chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in COLORS]
     for (key, label), axis in zip(keys.items(), axes, strict=True):
         for name, color in COLORS.items():
