@@ -31,7 +31,7 @@ TESTS = {
     "encoder": "test_encoder test_wording",
     "error": "test_difference",
     "fused": "test_kernels test_choice_of_kernels",
-    "loss": "test_encoder test_wording",
+    "loss": "test_oracle test_wording test_encoder test_kernels",
     "objectives": "test_objectives test_wording",
     "preference": "test_wording test_objectives",
     "schedule": "test_schedule test_wording",
