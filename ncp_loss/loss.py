@@ -28,6 +28,8 @@ from .objectives import REDUCTIONS, reduce_batch
 from .schedule import NoiseSchedule, Step, check_noisy, check_step, draw_noise
 from .tensors import at_least_float32, chunks_of, joined, per_sample
 
+_NOISE = "target (noise, for a schedule that predicts epsilon)"
+
 
 class NoiseConditionedPerceptualLoss(nn.Module):
     r"""How wrong a denoiser's prediction is, measured in features of its own frozen encoder after one reverse step.
@@ -199,8 +201,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         if pairs:
             # Of the targets only noise is the same for both members. A velocity or x_0 depends on the image.
             noise = target if self.schedule.prediction_type == "epsilon" else None
-            name = "target (noise, for a schedule that predicts epsilon)"
-            check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, name: noise})
+            check_pairs({"timesteps": timesteps, "variance_noise": variance_noise, _NOISE: noise})
 
         # Latents are computed in float32 or better, whatever the model's dtype. The encoder casts them to that.
         dtype = at_least_float32(noisy_latents, model_pred)
