@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "checks": "test_schedule test_wording",
     "difference": "test_difference",
-    "encoder": "test_encoder test_wording",
+    "encoder": "test_encoder test_wording test_conditioning test_transformers",
     "error": "test_difference",
     "fused": "test_kernels test_choice_of_kernels",
     "loss": "test_oracle test_wording test_encoder test_kernels",
     "objectives": "test_objectives test_wording",
     "preference": "test_wording test_objectives",
     "schedule": "test_schedule test_wording",
-    "view": "test_wrappers",
+    "view": "test_wrappers test_untouched test_watch",
     "watch": "test_watch",
     "winners": "test_winners",
 }
