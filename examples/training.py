@@ -60,8 +60,8 @@ class Run(NamedTuple):
         return error, ref_error
 
     def beta(self, ref: tuple[Tensor, Tensor]) -> float | Tensor:
-        """beta, or with --kappa one for each pair, by the reference's errors on winners and losers."""
-        return self.args.beta_dpo if self.args.kappa is None else relative_beta(*ref, self.args.kappa)
+        """One for each pair, by the reference's errors on winners and losers, or what --beta_dpo says."""
+        return relative_beta(*ref, self.args.kappa) if self.args.beta_dpo is None else self.args.beta_dpo
 
 
 def latent_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -77,12 +77,13 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
         add("--ema_decay", type=float, default=0.9999, help="of the average, once it has warmed up")
     if pairs:
         scale = parser.add_mutually_exclusive_group().add_argument
-        scale("--beta_dpo", type=float, default=2500.0,
-            help="multiplies the margin of mean errors, once; diffusers' SDXL script halves its own, whose 5000 is "
-            "2500 here. Watch rewards/margins, which should reach order one")  # fmt: skip
-        scale("--kappa", type=float,
-            help="in place of --beta_dpo: each pair's beta is kappa over the reference's mean error on it, whose scale "
-            "then need not be known; 2 is a place to begin")  # fmt: skip
+        scale("--kappa", type=float, default=2.0,
+            help="each pair's beta is kappa over the reference's mean error on it, whose scale need not be "
+            "known")  # fmt: skip
+        scale("--beta_dpo", type=float,
+            help="one beta for all pairs instead, which multiplies the margin of mean errors once; published: 2500 "
+            "(diffusers' SDXL script halves its 5000). Watch rewards/margins, which should reach order "
+            "one")  # fmt: skip
         add("--precompute_reference", action="store_true",
             help="ask the reference once for each pair, before training, and store its predictions beside the data, as "
             "large as the latents; every epoch then repeats a pair's noise, timestep and crop")  # fmt: skip
