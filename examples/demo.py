@@ -250,7 +250,7 @@ def main() -> None:
     evaluate(0)
     ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=new_scheduler())
     margins = align(unet, ncp, pairs, args, evaluate)
-    base, aligned = curve[0], curve[args.steps]
+    base, aligned, real = curve[0], curve[args.steps], diversity(*real_digits()[1])
     share, low, high = win_rate(base, aligned)
     draw_samples(args.out / "samples.png", base, aligned, "NCP-DPO" if args.space == "perceptual" else "latent DPO")
     draw_reward(args.out / "reward.png", curve)
@@ -264,8 +264,7 @@ def main() -> None:
             "aligned": aligned.right.double().mean().item(),
         },
         "diversity, of real digits": {
-            name: diversity(verdict.images, held_out) / diversity(*real_digits()[1])
-            for name, verdict in (("base", base), ("aligned", aligned))
+            name: diversity(verdict.images, held_out) / real for name, verdict in (("base", base), ("aligned", aligned))
         },
         "win rate": {"share": share, "low": low, "high": high},
         "reward by step": {step: verdict.rewards.mean().item() for step, verdict in curve.items()},

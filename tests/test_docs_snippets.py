@@ -135,5 +135,5 @@ def test_home_shows_the_committed_figures_of_the_demo():
     readme = (ROOT / "README.md").read_text()
     assert f"aligned sample in {means['win rate']:.1%} of the pairs" in readme
     for text in (home, readme):
-        spread = f"by {means['diversity']:.0%} of what two real ones do, before by {means['base diversity']:.0%}"
+        spread = f"from {means['base diversity']:.0%} to {means['diversity']:.0%} of that between two real ones"
         assert spread in text.replace("\n", " ")
