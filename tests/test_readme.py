@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,12 @@ def test_the_readmes_pictures_exist():
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(r'<img src="([^"]+)"', README)
     assert len(pictures) == 2
     assert all((ROOT / path).is_file() for path in pictures)
+
+
+def test_a_package_index_shows_the_readme_without_pictures_and_links_that_lead_nowhere_there():
+    command = [sys.executable, "-m", "hatch_fancy_pypi_readme"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert re.findall(r"\]\((?!https://)[^)]*\)|<img|<!--|!\[|^\*.*\*$", shown, re.MULTILINE) == []
+    assert set(re.findall(r"\(`(docs/[^`]+)`\)", shown)) == set(re.findall(r"\((docs/[^)#]+\.md)", README))
+    assert shown.count("```python") == README.count("```python")
+    assert re.findall(r"^## .*", shown, re.MULTILINE) == re.findall(r"^## .*", README, re.MULTILINE)
