@@ -1,8 +1,9 @@
 """Does alignment on perceptual errors learn better, where, and with which settings? See PROTOCOL.md.
 
 Tunes the arms that have a grid, trains every arm on fresh seeds, and writes evidence-TESTBED.json after each run, with
-all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run), evidence-TESTBED.png (the
-curves) and evidence-TESTBED-samples.png. With `--resume` a study goes on with the runs that its JSON holds.
+all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run) and three pictures: the
+curves of the main arms, each arm against its nearest rival, and samples, whose strips are kept in a folder beside
+them. With `--resume` a study goes on with the runs that its JSON holds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import report
-from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, trained
+from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, rivals, trained
 from benchmarks.evidence_beds import BEDS, Measures, Start
 
 RATES, KAPPAS = (3e-4, 1e-3), (1.0, 3.0, 8.0)
@@ -31,6 +32,7 @@ DAMAGED = 0.10  # that much less of the samples match than of the base model's
 COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True))
 MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
 KEPT_DIVERSITY = 0.6  # of the base model's
+LEVEL = 0.03
 Record = dict[str, Any]
 Key = tuple[str, str, int, float, float]  # phase, arm, seed, learning rate, kappa
 
@@ -135,7 +137,7 @@ class Study:
         plt.imsave(self.strip(name), images.permute(2, 0, 3, 1).flatten(1, 2).contiguous().numpy())
 
     def strip(self, name: str) -> Path:
-        folder = self.args.out / f"{self.name}-samples.partial"
+        folder = self.args.out / f"{self.name}-samples"
         folder.mkdir(exist_ok=True)
         return folder / f"{name}.png"
 
@@ -169,6 +171,7 @@ class Study:
         ]
         report.write_csv(self.args.out / f"{self.name}.csv", rows)
         draw(self.args.out / f"{self.name}.png", runs, self.args.testbed)
+        draw_arms(self.args.out / f"{self.name}-arms.png", summary(runs), self.args.testbed)
         self.sheet(self.args.out / f"{self.name}-samples.png")
         shown = [f"{name}{end}" for name in MEASURES for end in ("", " ±")]
         found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(runs)]
@@ -194,7 +197,7 @@ def ranked(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def summary(runs: list[Record]) -> list[Record]:
-    """A row for each arm: means over the fresh seeds with 95% intervals, and paired differences to the main arms."""
+    """A row for each arm: means over the fresh seeds with 95% intervals, and paired differences to the arm's rivals."""
     compared = [run for run in runs if run["phase"] == "comparison"]
     limit = min((run["points"][-1]["step"] * run["FLOPs a step"] for run in compared), default=0)
     by_arm: dict[str, dict[int, tuple[float, ...]]] = {}
@@ -206,7 +209,7 @@ def summary(runs: list[Record]) -> list[Record]:
         row: Record = {"arm": arm, "seeds": len(found)}
         for index, name in enumerate(MEASURES):
             row |= report.interval(name, [scores[index] for scores in found.values()])
-            for other in (arm.name for arm in MAIN[:3]):
+            for other in rivals(arm):
                 theirs = by_arm.get(other, {})
                 shared = [found[seed][index] - theirs[seed][index] for seed in found if seed in theirs]
                 row |= report.interval(f"{name} over {other}", shared)
@@ -255,6 +258,28 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
     axes[0].set_xlim(0)
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{testbed.capitalize()}: thick lines are means over seeds, thin ones the seeds", fontsize=10)
+    report.save_figure(path, figure)
+
+
+def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
+    """The difference of each arm to its nearest rival: mean over seeds, 95% interval, and where arms count as level."""
+    titles = {"mean reward": "speed: mean reward over training", "undamaged reward": "best undamaged reward"}
+    run = [row["arm"] for row in rows]
+    found = [(row, rivals(row["arm"])[0]) for row in rows]
+    found = [(row, other) for row, other in found if other in run[: run.index(row["arm"])]]  # a pair once
+    figure, axes = report.new_figure(columns=len(titles), width=9.5, height=1.0 + 0.27 * len(found))
+    places = range(len(found))
+    for (name, title), axis in zip(titles.items(), axes, strict=True):
+        means = [row[f"{name} over {other}"] for row, other in found]
+        halves = [row[f"{name} over {other} ±"] or 0.0 for row, other in found]
+        axis.axvspan(-LEVEL, LEVEL, color=report.GREY, alpha=0.15, lw=0)
+        axis.axvline(0, color=report.GREY, lw=1)
+        axis.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=report.BLUE, elinewidth=1.5)
+        axis.set(ylim=(len(found) - 0.5, -0.5), xlabel=title)
+        axis.set_yticks(places, [f"{row['arm']} minus {other}" for row, other in found], fontsize=8)
+    for axis in axes[1:]:
+        axis.tick_params(labelleft=False)
+    figure.suptitle(f"{testbed.capitalize()}: difference of an arm to another, 95% intervals; grey: level", fontsize=10)
     report.save_figure(path, figure)
 
 

@@ -94,6 +94,20 @@ BY_DATA = [
 ARMS = [*MAIN, *OTHERS, *ON_CAPTIONS, *BY_DATA]
 
 
+def rivals(name: str) -> list[str]:
+    """The arms that one is compared with, seed by seed, on the same data. That which it is most like comes first."""
+    arm = next(arm for arm in ARMS if arm.name == name)
+    if arm.data == "pairs":
+        twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
+        names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
+    elif arm in ON_CAPTIONS:
+        names = [other.name for other in ON_CAPTIONS[:3]]
+    else:
+        alike = [other for other in BY_DATA if other.data == arm.data.replace("winners", "all")]
+        names = [other.name for other in sorted(alike, key=lambda other: other.errors != arm.errors)]
+    return [other for other in dict.fromkeys(names) if other not in ("", name)]
+
+
 class Batch(NamedTuple):
     """Noised winners, then their losers."""
 

@@ -22,6 +22,7 @@ from benchmarks.evidence_arms import (
     errors_of,
     latent_errors,
     mean_error,
+    rivals,
     safeguarded,
 )
 from benchmarks.evidence_beds import Digits, Measures, Pairs, Start, _decided, _tournament
@@ -228,10 +229,10 @@ def test_differences_are_taken_seed_by_seed():
         alike = {"match": 0.9, "diversity": 1.0}
         points = [{"step": 0, "reward": 0.5, **alike}, {"step": 10, "reward": reward, **alike}]
         run = {"phase": "comparison", "arm": arm, "seed": seed, "points": points, "finite": True}
-        return run | {"FLOPs a step": 3 if arm == "other" else 2}
+        return run | {"FLOPs a step": 3 if arm == MAIN[1].name else 2}
 
     runs = [record(MAIN[0].name, seed, 0.6 + 0.1 * seed) for seed in range(3)]
-    runs += [record("other", seed, 0.65 + 0.1 * seed) for seed in range(3)]
+    runs += [record(MAIN[1].name, seed, 0.65 + 0.1 * seed) for seed in range(3)]
     row = evidence.summary(runs)[1]
     assert row["mean reward over latent DPO"] == pytest.approx(0.05)
     assert row["mean reward over latent DPO ±"] == pytest.approx(0.0, abs=1e-9)
@@ -274,6 +275,23 @@ def test_every_arm_has_a_name_of_its_own_and_inherits_from_one_that_runs_before(
         assert not arm.inherits or arm.inherits in tuned & {main.name for main in MAIN}
 
 
+def test_an_arm_is_compared_with_arms_on_the_same_data_with_its_nearest_first():
+    by_name = {arm.name: arm for arm in ARMS}
+    for arm in ARMS:
+        found = [by_name[name] for name in rivals(arm.name)]
+        assert arm not in found
+        data = {arm.data, arm.data.replace("winners", "all")}
+        assert {other.data for other in found} <= data
+        assert found or arm.data.startswith("all")
+    assert rivals("NCP-DPO")[0] == "latent DPO"
+    assert rivals("NCP-DPO, random encoder")[0] == "NCP-DPO"
+    assert rivals("NCP-CPO")[0] == "latent CPO"
+    assert rivals("NCP-DPO, mid_block")[0] == "NCP-DPO"
+    assert rivals("latent DPO, kappa 8")[0] == "latent DPO"
+    assert rivals("NCP-DPO, caption pairs")[0] == "latent DPO, caption pairs"
+    assert rivals("NCP DPO, winners, flipped")[0] == "NCP DPO, all, flipped"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("testbed", ["digits", "emoji"])
 def test_an_interrupted_study_goes_on_with_what_it_has(tmp_path, testbed, monkeypatch):
@@ -288,8 +306,8 @@ def test_an_interrupted_study_goes_on_with_what_it_has(tmp_path, testbed, monkey
     for run in first["runs"]:
         assert [point["step"] for point in run["points"]] == [0, 1, 2] if run["phase"] == "comparison" else [0, 2]
         assert run["FLOPs a step"] > 1e6
-    for name in (f"evidence-{testbed}.png", f"evidence-{testbed}-samples.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for end in ("", "-arms", "-samples"):
+        assert (tmp_path / f"evidence-{testbed}{end}.png").read_bytes().startswith(b"\x89PNG")
     kept = tmp_path / f"evidence-{testbed}.json"
     kept.write_text(json.dumps(first | {"runs": first["runs"][:-1]}))
     made = []
