@@ -88,9 +88,9 @@ class _Tap:
         if len(streams) > 1:
             by_position = args[self.position] if self.position is not None and self.position < len(args) else None
             image = kwargs.get("hidden_states", by_position)
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2]
-            given = given if image is None else [image]
-            streams = [x for x in streams if len(given) == 1 and x.shape == given[0].shape]
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2]
+            images = inputs if image is None else [image]
+            streams = [x for x in streams if len(images) == 1 and x.shape == images[0].shape]
         return streams[0] if len(streams) == 1 and isinstance(streams[0], Tensor) else None
 
     def _several_streams(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Exception:
@@ -148,14 +148,14 @@ class FrozenEncoder:
         self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
 
     def __call__(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], given: torch.dtype
+        self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], trainer_dtype: torch.dtype
     ) -> Features:
         """The features by layer, with one row for each sample.
 
-        ``given`` is the dtype in which the trainer holds the latents. Here alone they are cast to the model's dtype.
+        ``trainer_dtype`` is that in which the trainer holds the latents. Here alone they are cast to the model's dtype.
         """
         dtype = None if _autocast_dtype(latents.device) else self.dtype  # autocast casts what it needs itself
-        conditioning = {k: _prepared(v, dtype, given, k) for k, v in conditioning.items()}
+        conditioning = {k: _prepared(v, dtype, trainer_dtype, k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
             self._pass.free.pop()
@@ -212,8 +212,8 @@ class FrozenEncoder:
         if not torch.compiler.is_compiling():  # a compiler could not trace these checks of the user's own modules
             self._watch.check()
             self._check_own(latents)
-        given = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
-        conditioning = {**model_kwargs, **given}
+        texts = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
+        conditioning = {**model_kwargs, **texts}
         if self._call is _by_name:
             self._check_conditioning(latents, text, model_kwargs)
             if not torch.compiler.is_compiling():
@@ -437,7 +437,7 @@ def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
     return features.reshape(batch, rows // batch, *features.shape[1:])
 
 
-def _prepared(value: Any, dtype: torch.dtype | None, given: torch.dtype, name: str) -> Any:
+def _prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, name: str) -> Any:
     """Conditioning as the encoder takes it: detached, with floats in ``dtype``, in new containers.
 
     The text follows the model's dtype, and so does what has the latents' dtype or is no wider than the model's. Class
@@ -445,13 +445,13 @@ def _prepared(value: Any, dtype: torch.dtype | None, given: torch.dtype, name: s
     since bf16 cannot hold a number such as 1021.
     """
     if isinstance(value, Mapping):
-        return {key: _prepared(item, dtype, given, key) for key, item in value.items()}
+        return {key: _prepared(item, dtype, trainer_dtype, key) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_prepared(item, dtype, given, name) for item in value)
+        return type(value)(_prepared(item, dtype, trainer_dtype, name) for item in value)
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
-        follows = name == "encoder_hidden_states" or value.dtype == given or value.itemsize <= dtype.itemsize
+        follows = name == "encoder_hidden_states" or value.dtype == trainer_dtype or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value
     return value

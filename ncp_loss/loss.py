@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,18 @@ from .schedule import NoiseSchedule, Step, check_noisy, check_step, draw_noise
 from .tensors import at_least_float32, chunks_of, joined, per_sample
 
 _NOISE = "target (noise, for a schedule that predicts epsilon)"
+
+
+class _Batch(NamedTuple):
+    """What errors are computed from, for all samples or for a chunk of them. The batch comes first everywhere."""
+
+    base: Tensor  # the target's latents, x*
+    d: Tensor  # the model's displacement from them
+    reference: Tensor | None  # the reference's displacement
+    gap: Tensor | None  # the model's displacement minus the reference's
+    B: Tensor
+    timesteps: Tensor  # t'
+    model_kwargs: dict[str, Any]
 
 
 class NoiseConditionedPerceptualLoss(nn.Module):
@@ -210,37 +222,33 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         check_noisy(self.schedule, noisy_latents, timesteps)  # reverse_step has checked the timesteps
         z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach()
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
-        # All that has the batch first, so that it can be split. The gap is computed from the predictions, since the
-        # difference of the two displacements would lose digits.
-        batch: dict[str, Any] = {
-            "base": back.latents(x, truth, z),
-            "displacement": back.displacement(prediction, truth),
-            "reference": None if reference is None else back.displacement(reference, truth),
-            "gap": None if reference is None else back.displacement(prediction, reference),
-            "B": back.B,
-            "timesteps": back.timesteps,
-            "model_kwargs": conditioning,
-        }
+        # The gap is computed from the predictions, since the difference of the two displacements would lose digits.
+        batch = _Batch(
+            base=back.latents(x, truth, z),
+            d=back.displacement(prediction, truth),
+            reference=None if reference is None else back.displacement(reference, truth),
+            gap=None if reference is None else back.displacement(prediction, reference),
+            B=back.B,
+            timesteps=back.timesteps,
+            model_kwargs=conditioning,
+        )
         trains = torch.is_grad_enabled() and model_pred.requires_grad
-        evaluate = partial(self._evaluate, trains=trains, given=noisy_latents.dtype)
+        evaluate = partial(self._evaluate, trains=trains, trainer_dtype=noisy_latents.dtype)
         if self.chunk_size is None:
             error, ref_error, slope = evaluate(batch)
         else:
             groups = 2 if pairs else 1
-            chunks = [evaluate(take(batch)) for take in chunks_of(len(x), self.chunk_size, groups)]
+            chunks = [evaluate(_Batch(**take(batch._asdict()))) for take in chunks_of(len(x), self.chunk_size, groups)]
             error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
         return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)
 
     @torch.no_grad()
     def _evaluate(
-        self, batch: Mapping[str, Any], *, trains: bool, given: torch.dtype
+        self, batch: _Batch, *, trains: bool, trainer_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``error``, ``ref_error`` and, if it is wanted, the derivative of ``error`` by the prediction.
-
-        ``batch`` has the entries that :meth:`errors` puts there, in the same order, for all samples or for some.
-        """
-        base, d, reference, gap, B, timesteps, conditioning = batch.values()
-        encode = partial(self._encoder, timesteps=timesteps, conditioning=conditioning, given=given)
+        """``error``, ``ref_error`` and, if it is wanted, the derivative of ``error`` by the prediction."""
+        base, d, reference, gap, B, timesteps, conditioning = batch
+        encode = partial(self._encoder, timesteps=timesteps, conditioning=conditioning, trainer_dtype=trainer_dtype)
         dtype = self._encoder.compute_dtype(base.device)
         points = stencil(base, d, reference, gap, choose(self.difference, dtype, base.device))
         # The evaluation with a graph comes last, so that its activations are not in memory during the others.
@@ -253,7 +261,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             features = [graph, *features] if at_point else features
         # The features may show another dtype than the weights. Then the estimator was the wrong one: start again.
         if self._encoder.compute_dtype(base.device) != dtype:
-            return self._evaluate(batch, trains=trains, given=given)
+            return self._evaluate(batch, trains=trains, trainer_dtype=trainer_dtype)
         options = self.normalize, B if self.weighting == "noise" else None, self.impl
         errors, cotangents, size = feature_errors(features, points, self._encoder.weights, *options)
         slope = pull_back(cotangents()) if trains else None
