@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import report
-from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, rivals, trained
+from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, rivals, same_training, trained
 from benchmarks.evidence_beds import BEDS, Measures, Start
 
 RATES, KAPPAS = (3e-4, 1e-3), (1.0, 3.0, 8.0)
@@ -109,7 +109,8 @@ class Study:
     def one(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
         key: Key = phase, arm.name, seed, lr, kappa
         if key not in self.runs:
-            self.runs[key] = {"phase": phase, **self.train(phase, arm, seed, lr, kappa)}
+            found = self.repeated(phase, arm, seed, lr, kappa) or self.train(phase, arm, seed, lr, kappa)
+            self.runs[key] = {**found, "phase": phase, "arm": arm.name}
             self.write()
         record = self.runs[key]
         end = record["points"][-1]
@@ -119,6 +120,11 @@ class Study:
             flush=True,
         )
         return record
+
+    def repeated(self, phase: str, arm: Arm, *setting: float) -> Record | None:
+        """A run of another arm that would be repeated to the last digit, such as the one with the tuned kappa."""
+        twins = (other.name for other in ARMS if same_training(arm, other))
+        return next((self.runs[key] for name in twins if (key := (phase, name, *setting)) in self.runs), None)
 
     def train(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
         start: Start = self.start(seed, arm.data)

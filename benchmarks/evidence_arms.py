@@ -64,22 +64,24 @@ def _other(name: str, **options: Any) -> Arm:
     return Arm(f"NCP-DPO, {name}", inherits="NCP-DPO", **options)
 
 
-OTHERS = [
-    Arm("latent CPO", errors="latent", objective="cpo", anchor=PAPERS_ANCHOR),
-    Arm("NCP-CPO", objective="cpo", anchor=PAPERS_ANCHOR),
-    Arm("latent SFT", errors="latent", objective="sft"),
-    Arm("NCP-SFT", objective="sft"),
+SETTINGS = [
     _other("shuffled encoder", encoder="shuffled"),
     _other("early encoder", encoder="early", beds=("emoji",)),
     _other("weighting noise", weighting="noise"),
     _other("normalize", normalize=True),
+    *_both("DPO, beta per pair", objective="relative"),
     *(_other(layer, layer=layer, beds=("emoji",)) for layer in ("down_blocks.0", "mid_block", "up_blocks.0")),
     *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (10, 100, 250, "uniform", "clean")),
     *(arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)),
-    *_both("DPO, beta per pair", objective="relative"),
+]
+OBJECTIVES = [
     *_both("DPO, anchor", anchor=0.5, beds=("emoji",)),
     *_both("Linear-DPO", objective="linear", decay=0.99, beds=("emoji",)),
     *_both("DPO, safeguard", objective="safeguard", beds=("emoji",)),
+    Arm("latent CPO", errors="latent", objective="cpo", anchor=PAPERS_ANCHOR),
+    Arm("NCP-CPO", objective="cpo", anchor=PAPERS_ANCHOR),
+    Arm("latent SFT", errors="latent", objective="sft"),
+    Arm("NCP-SFT", objective="sft"),
 ]
 ON_CAPTIONS = [
     Arm(f"{arm.name}, caption pairs", inherits=arm.name, **{key: getattr(arm, key) for key in ("errors", "encoder")})
@@ -91,7 +93,12 @@ BY_DATA = [
     for data in ("all", "winners", "all, flipped", "winners, flipped")
     for arm in _both(f"DPO, {data}", data=data, beds=("digits",))
 ]
-ARMS = [*MAIN, *OTHERS, *ON_CAPTIONS, *BY_DATA]
+ARMS = [*MAIN, *SETTINGS, *ON_CAPTIONS, *OBJECTIVES, *BY_DATA]
+
+
+def same_training(one: Arm, other: Arm) -> bool:
+    """Whether two arms differ in nothing but their names and in where their rate and kappa come from."""
+    return one._replace(name="", inherits="", kappa=None) == other._replace(name="", inherits="", kappa=None)
 
 
 def rivals(name: str) -> list[str]:

@@ -24,6 +24,7 @@ from benchmarks.evidence_arms import (
     mean_error,
     rivals,
     safeguarded,
+    same_training,
 )
 from benchmarks.evidence_beds import Digits, Measures, Pairs, Start, _decided, _tournament
 from examples.digits import condition, new_scheduler, real_digits
@@ -290,6 +291,14 @@ def test_an_arm_is_compared_with_arms_on_the_same_data_with_its_nearest_first():
     assert rivals("latent DPO, kappa 8")[0] == "latent DPO"
     assert rivals("NCP-DPO, caption pairs")[0] == "latent DPO, caption pairs"
     assert rivals("NCP DPO, winners, flipped")[0] == "NCP DPO, all, flipped"
+
+
+def test_only_arms_with_another_kappa_train_as_their_main_arm_does_where_that_has_it_too():
+    for arm in ARMS:
+        twins = {other.name for other in ARMS if same_training(arm, other)} - {arm.name}
+        main = "latent DPO" if arm.errors == "latent" else "NCP-DPO"
+        assert (main in twins) == (", kappa " in arm.name), arm.name
+        assert twins == set() or ", kappa " in arm.name or arm.name == main
 
 
 @pytest.mark.slow
