@@ -461,6 +461,8 @@ def test_a_schedule_on_which_one_sample_owns_its_batch_says_so_with_the_number()
     assert [warning.filename for warning in told] == [__file__]
     with pytest.warns(UserWarning, match=r"timestep 1 the reverse step's B is \d+ times the median"):
         FlowSchedule(prediction_type="sample")
+    with pytest.warns(UserWarning, match=r"timestep 1000 the reverse step's B is \d+ times the median"):
+        FlowSchedule(shift=0.001)  # the last timestep is the steepest, and the last that is looked at
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2"])
@@ -648,3 +650,11 @@ def test_a_generator_is_one_or_none() -> None:
     check_generator("generator", None), check_generator("generator", torch.Generator())
     with pytest.raises(TypeError, match=r"^generator must be a torch.Generator or None; it was 5$"):
         check_generator("generator", 5)
+
+
+def test_betas_of_two_dimensions_are_refused_whatever_a_schedulers_product_is() -> None:
+    scheduler = diffusers.DDPMScheduler(**SD)
+    scheduler.betas = scheduler.betas.reshape(2, 500)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.reshape(2, 500)
+    with pytest.raises(ValueError, match=r"^betas must be a 1-D sequence of values"):
+        NoiseSchedule.from_scheduler(scheduler)
