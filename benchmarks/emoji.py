@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--judge-steps", type=int, default=600)
-    parser.add_argument("--unet-steps", type=int, default=20_000)
+    parser.add_argument("--unet-steps", type=int, default=8_000)
     parser.add_argument("--early", type=int, default=500, help="steps of the U-Net whose encoder is kept as well")
 
 
