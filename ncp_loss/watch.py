@@ -45,7 +45,7 @@ class _Weight:
     tensor: Tensor
     kind: Any = None  # device and dtype
     state: Any = None  # version and address; None before the first call, and in a copy
-    sums: Tensor | None = None  # the sums of its rows at the first call
+    sums: Tensor | None = None  # weighted sums of its rows at the first call
     coarsest: float = 0.0  # the rounding of the coarsest dtype that it has had
     rewritten: bool = False  # whether something keeps writing the same values, so that its version means nothing
 
@@ -59,9 +59,9 @@ class Watch:
 
     Each call compares what can be compared without reading a value: which tensors and layers are there, and each
     tensor's version and address. If one of these differs, values decide, since weights that are loaded again, moved to
-    another device or restored after a merge have not changed. The sums of each tensor's rows are compared with those at
-    the first call. Those at construction would be too early: DDP, when it wraps a model, writes the first process's
-    weights into those of the others.
+    another device or restored after a merge have not changed. Weighted sums of each tensor's rows are compared with
+    those at the first call. Those at construction would be too early: DDP, when it wraps a model, writes the first
+    process's weights into those of the others.
     """
 
     def __init__(
@@ -314,14 +314,17 @@ def _state(tensor: Tensor, rewritten: bool) -> tuple[int, int]:
 
 @torch.no_grad()
 def _row_sums(tensor: Tensor) -> Tensor | None:
-    """The sums of a tensor's rows, in float32 or better, on its device; None if it has no values.
+    """Weighted sums of a tensor's rows, in float32 or better, on its device; None if it has no values.
 
-    They take about a thousandth of the tensor's memory, and computing them does not make the host wait.
+    They take about a thousandth of the tensor's memory, and computing them does not make the host wait. Equal weights
+    would not tell columns that change places.
     """
     if not _has_values(tensor):
         return None
-    wide = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=tensor.ndim < 2)
-    sums = wide.flatten(1).sum(1) if tensor.ndim > 1 else wide
+    sums = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=tensor.ndim < 2)
+    if tensor.ndim > 1:
+        rows = sums.flatten(1)
+        sums = (rows * torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype).cos()).sum(1)
     return sums if _has_values(sums) else None
 
 

@@ -73,6 +73,12 @@ def stepped(unet: nn.Module) -> None:
     weight.requires_grad_(False)
 
 
+def columns_turned(unet: nn.Module) -> None:
+    with torch.no_grad():  # each row keeps its sum
+        weight = unet.get_parameter(f"{CONV1}.weight")
+        weight.copy_(weight.flip(1))
+
+
 def other_storage(unet: nn.Module) -> None:
     weight = unet.get_parameter(f"{CONV1}.weight")
     weight.data = 1.5 * weight.data
@@ -88,6 +94,7 @@ CHANGES: dict[str, tuple[Build, Callable[[nn.Module], Any], str]] = {
     "one row": (same, lambda unet: nn.init.zeros_(unet.get_parameter(f"{CONV1}.weight")[1]), f"{CONV1}.weight was ch"),
     "unfrozen": (same, full, "conv_in.weight became trainable"),
     "trained": (same, stepped, f"{CONV1}.weight was changed"),
+    "columns in another order": (same, columns_turned, f"{CONV1}.weight was changed"),
     "given other storage": (same, other_storage, f"{CONV1}.weight was changed"),
     "removed": (same, lambda unet: delattr(unet.conv_in, "weight"), "conv_in.weight was removed"),
     "fused": (unsettled, lambda unet: unet.fuse_lora(), "must have no merged adapter"),
