@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, rivals, same_training, trained
 from benchmarks.evidence_beds import BEDS, Measures, Start
 
-RATES, KAPPAS = (3e-4, 1e-3), (1.0, 3.0, 8.0)
+KAPPAS = 1.0, 3.0, 8.0
 TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
@@ -63,10 +63,11 @@ class Study:
         self.runs: dict[Key, Record] = {key_of(run): run for run in found.get("runs", [])}
         self.begun = time.perf_counter() - found.get("seconds", 0)
         self.bed: Bed = BEDS[args.testbed](args.work, args.tiny)
-        self.rates, self.kappas, self.tuning, self.fresh = RATES, KAPPAS, TUNING, FRESH
-        self.points = self.bed.points
+        self.rates, self.kappas, self.tuning, self.fresh = self.bed.rates, KAPPAS, TUNING, FRESH
+        self.points = {"tuning": self.bed.tuned_at, "comparison": self.bed.points}
         if args.tiny:
-            self.rates, self.kappas, self.tuning, self.fresh, self.points = (1e-3,), (3.0,), (100,), (10,), (1, 2)
+            self.rates, self.kappas, self.tuning, self.fresh = (1e-3,), (3.0,), (100,), (10,)
+            self.points = {"tuning": (2,), "comparison": (1, 2)}
         self.start = cache(self.bed.start)
         self.before: Callable[[int, str], Measures] = cache(
             lambda seed, data: self.start(seed, data).measure(self.bed.base)
@@ -133,9 +134,7 @@ class Study:
         before = self.before(seed, arm.data)
         if shown:
             self.show("base model", before)
-        points = self.points if phase == "comparison" else (*self.points[1:3], self.points[-1])
-        points = tuple(dict.fromkeys(points))
-        return trained(arm, self.bed, start, before, seed, lr, kappa, points, self.flops, keep)
+        return trained(arm, self.bed, start, before, seed, lr, kappa, self.points[phase], self.flops, keep)
 
     def show(self, name: str, measures: Measures, columns: int = 32) -> None:
         """The first samples of a run, a strip of the sheet that `finish` puts together."""
@@ -189,11 +188,23 @@ def key_of(run: Record) -> Key:
 
 
 def score(record: Record) -> tuple[float, float]:
-    """The highest reward among the points that are not damaged, the base model's among them; the mean reward."""
+    """The highest reward that is not damaged, the base model's among them; the mean reward over the points."""
     points = record["points"]
-    kept = [point["reward"] for point in points if point["match"] >= points[0]["match"] - DAMAGED]
-    rewards = [point["reward"] for point in points[1:]] if record["finite"] else [points[0]["reward"]]
-    return max(kept) if record["finite"] else points[0]["reward"], statistics.mean(rewards)
+    if not record["finite"]:
+        return points[0]["reward"], points[0]["reward"]
+    least = points[0]["match"] - DAMAGED
+    kept = [point["reward"] for point in points if point["match"] >= least]
+    kept += [crossing for crossing in [where_it_falls(points, "match", least)] if crossing is not None]
+    return max(kept), statistics.mean(point["reward"] for point in points[1:])
+
+
+def where_it_falls(points: list[Record], key: str, least: float) -> float | None:
+    """The reward where what `key` names first falls to `least`, straight between points; None where it never does."""
+    for before, after in itertools.pairwise(points):
+        if before[key] >= least > after[key]:
+            share = (before[key] - least) / (before[key] - after[key])
+            return float(before["reward"] + share * (after["reward"] - before["reward"]))
+    return None
 
 
 def ranked(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -233,14 +244,10 @@ def at_equal_cost(record: Record, limit: float) -> float:
 
 
 def at_kept_diversity(record: Record) -> float:
-    """The reward where diversity first falls to 60% of the base model's, or the last one. Straight between points."""
+    """The reward where diversity first falls to 60% of the base model's, or the last one."""
     points = record["points"]
-    least = KEPT_DIVERSITY * points[0]["diversity"]
-    for before, after in itertools.pairwise(points):
-        if after["diversity"] < least:
-            share = (before["diversity"] - least) / (before["diversity"] - after["diversity"])
-            return float(before["reward"] + share * (after["reward"] - before["reward"]))
-    return float(points[-1]["reward"] if record["finite"] else points[0]["reward"])
+    found = where_it_falls(points, "diversity", KEPT_DIVERSITY * points[0]["diversity"])
+    return float(points[-1]["reward"] if record["finite"] else points[0]["reward"]) if found is None else found
 
 
 def draw(path: Path, runs: list[Record], testbed: str) -> None:

@@ -57,7 +57,8 @@ class Start(NamedTuple):
 class Digits:
     """The networks and the judge of the examples; pairs are two samples of the base model, ranked by the judge."""
 
-    points = (20, 40, 80, 120, 160)
+    rates = 3e-4, 1e-3  # of the tuning grid
+    points, tuned_at = (20, 40, 80, 120, 160), (40, 80, 160)
     early = None
 
     def __init__(self, work: Path, tiny: bool) -> None:
@@ -145,7 +146,8 @@ class Emoji:
     """Drawings in two styles. Of style pairs the Twemoji drawing wins; of caption pairs, which are samples of the base
     model, the one that the caption judge finds more like the caption's own drawings."""
 
-    points = (4, 8, 16, 32, 64)
+    rates = 5e-4, 1e-3  # of the tuning grid
+    points, tuned_at = (8, 16, 24, 32, 48, 64), (16, 32, 64)
 
     def __init__(self, work: Path, tiny: bool) -> None:
         self.tiny = tiny

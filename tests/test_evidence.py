@@ -214,9 +214,11 @@ def test_runs_that_damage_their_samples_count_with_what_they_had_before():
         found = [{"reward": reward, "match": match} for reward, match in points]
         return {"points": found, "finite": finite}
 
-    kept = record((0.5, 0.8), (0.7, 0.75), (0.9, 0.71), (1.0, 0.3))
-    assert evidence.score(kept) == (0.9, pytest.approx((0.7 + 0.9 + 1.0) / 3))
-    assert evidence.score(record((0.5, 0.8), (1.0, 0.3))) == (0.5, 1.0)
+    kept = record((0.5, 0.8), (0.7, 0.75), (0.9, 0.71), (1.0, 0.61))
+    assert evidence.score(kept) == pytest.approx((0.91, (0.7 + 0.9 + 1.0) / 3))  # 0.70 is a tenth of the way down
+    assert evidence.score(record((0.5, 0.8), (1.0, 0.3))) == pytest.approx((0.6, 1.0))
+    assert evidence.score(record((0.5, 0.8), (0.9, 0.75), (0.4, 0.65))) == pytest.approx((0.9, 0.65))
+    assert evidence.score(record((0.5, 0.8), (0.4, 0.3), (0.9, 0.75))) == (0.9, 0.65)  # it came back
     assert evidence.score(record((0.5, 0.8), (1.0, 0.8), finite=False)) == (0.5, 0.5)
 
 
