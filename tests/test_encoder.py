@@ -70,6 +70,19 @@ def test_features_are_the_whole_models_own_and_nothing_past_the_layer_runs(layou
     assert 0.99 * bound <= flops <= 1.01 * bound
 
 
+def test_features_may_be_taken_between_timesteps():
+    unet = sd15(dtype=torch.float32)
+    (x, _, text), _ = inputs(unet)
+    t = torch.full((len(x),), 10.5)
+    kept = {}
+    handle = unet.down_blocks[-1].register_forward_hook(lambda m, a, out: kept.update(out=out[0]))
+    unet(x, t, text)
+    handle.remove()
+    features = NoiseConditionedPerceptualLoss(unet).features
+    assert torch.equal(features(x, t, text)["down_blocks"], kept["out"])
+    assert not torch.equal(features(x, t.floor(), text)["down_blocks"], kept["out"])
+
+
 def test_several_layers_cost_one_pass_to_the_last_of_them():
     unet = sd15(dtype=torch.float32)
     args, _ = inputs(unet)
