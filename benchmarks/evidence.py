@@ -20,6 +20,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from benchmarks import report
 from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, rivals, same_training, trained
@@ -32,7 +33,8 @@ DAMAGED = 0.10  # that much less of the samples match than of the base model's
 COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True))
 MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
 KEPT_DIVERSITY = 0.6  # of the base model's
-LEVEL = 0.03
+LEVEL, LEAST = 0.03, 0.02  # within what arms are level, and the least difference that counts
+VERDICTS = {"better": report.GREEN, "worse": report.RED, "level": report.BLUE, "not known": report.GREY}
 Record = dict[str, Any]
 Key = tuple[str, str, int, float, float]  # phase, arm, seed, learning rate, kappa
 
@@ -250,6 +252,13 @@ def at_kept_diversity(record: Record) -> float:
     return float(points[-1]["reward"] if record["finite"] else points[0]["reward"]) if found is None else found
 
 
+def verdict(mean: float, half: float) -> str:
+    """What the protocol calls a difference with a 95% interval of ``mean ± half``."""
+    if abs(mean) > half and abs(mean) >= LEAST:
+        return "better" if mean > 0 else "worse"
+    return "level" if abs(mean) + half <= LEVEL else "not known"
+
+
 def draw(path: Path, runs: list[Record], testbed: str) -> None:
     """Reward against steps, against the share of samples that match, and against diversity; every fresh seed."""
     keys = {
@@ -283,16 +292,20 @@ def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
     figure, axes = report.new_figure(columns=len(titles), width=9.5, height=1.0 + 0.27 * len(found))
     places = range(len(found))
     for (name, title), axis in zip(titles.items(), axes, strict=True):
-        means = [row[f"{name} over {other}"] for row, other in found]
-        halves = [row[f"{name} over {other} ±"] or 0.0 for row, other in found]
         axis.axvspan(-LEVEL, LEVEL, color=report.GREY, alpha=0.15, lw=0)
         axis.axvline(0, color=report.GREY, lw=1)
-        axis.errorbar(means, places, xerr=halves, fmt="o", ms=4, color=report.BLUE, elinewidth=1.5)
+        for place, (row, other) in enumerate(found):
+            mean, half = row[f"{name} over {other}"], row[f"{name} over {other} ±"] or 0.0
+            axis.errorbar(mean, place, xerr=half, fmt="o", ms=4, color=VERDICTS[verdict(mean, half)], elinewidth=1.5)
         axis.set(ylim=(len(found) - 0.5, -0.5), xlabel=title)
         axis.set_yticks(places, [f"{row['arm']} minus {other}" for row, other in found], fontsize=8)
     for axis in axes[1:]:
         axis.tick_params(labelleft=False)
-    figure.suptitle(f"{testbed.capitalize()}: difference of an arm to another, 95% intervals; grey: level", fontsize=10)
+    axes[-1].legend(
+        handles=[Line2D([], [], marker="o", color=color, label=name) for name, color in VERDICTS.items()],
+        frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
+    )  # fmt: skip
+    figure.suptitle(f"{testbed.capitalize()}: one arm minus another, 95% intervals over seeds", fontsize=10)
     report.save_figure(path, figure)
 
 

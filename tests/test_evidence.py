@@ -258,6 +258,17 @@ def test_a_reward_at_kept_diversity_is_that_where_diversity_first_falls_to_six_t
     assert evidence.at_kept_diversity({"points": points[:2], "finite": False}) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("mean", "half", "expected"),
+    [
+        *((0.05, 0.04, "better"), (-0.05, 0.04, "worse"), (0.05, 0.06, "not known"), (0.01, 0.02, "level")),
+        *((0.01, 0.005, "level"), (0.0, 0.031, "not known"), (0.02, 0.01, "better")),
+    ],
+)
+def test_a_difference_counts_as_the_protocol_says(mean, half, expected):
+    assert evidence.verdict(mean, half) == expected
+
+
 def test_decided_pairs_leave_ties_out_and_winners_lost_to_no_other():
     rewards = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.55]])
     assert _decided(rewards) == [(0, 0, 1), (1, 1, 0)]
