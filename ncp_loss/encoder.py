@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import bad, check_floating, check_number, check_numbers, check_rows
@@ -21,7 +24,7 @@ from .watch import Link, Watch
 
 Layers = str | Sequence[str] | Mapping[str, float]
 Encode = Callable[[Tensor], Features]
-PullBack = Callable[[Features], Tensor]
+PullBack = Callable[..., Tensor]  # of cotangents by layer
 
 # The order in which the modules of a diffusers model run, whatever order they were registered in. It shows which
 # weights are used only after the last wanted layer, and need no copy. A name that is missing here costs memory. A model
@@ -30,6 +33,8 @@ _ORDER = (
     *("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"),
     *("transformer_blocks", "single_transformer_blocks", "norm_out", "proj_out"),
 )
+
+_PRODUCTS = "mm", "linear", "conv", "attention"  # in the names of torch's operations
 
 # Chunked feed-forward, slicing and tiling call the layers inside them with a part of a sample at a time.
 _WHOLE = {"_chunk_size": None, "use_slicing": False, "use_tiling": False}
@@ -58,6 +63,7 @@ class _Tap:
 
     def __init__(self, layer: str, forward: _Pass, module: nn.Module) -> None:
         self.layer, self.forward = layer, forward
+        self.image: int | None = None  # which of several outputs was the image's, once that was clear
         names = list(inspect.signature(type(module).forward).parameters)
         self.position = names.index("hidden_states") - 1 if "hidden_states" in names else None
 
@@ -82,16 +88,24 @@ class _Tap:
 
         A U-Net block returns its hidden states and a tuple for skip connections. A transformer block with two streams
         returns the text's and the image's, in either order. The image's input is ``hidden_states``, by name or
-        position, or else the only input tensor of three dimensions or more.
+        position, or else the only input tensor of three dimensions or more. Where text and image have equal shapes,
+        the image's output is the one that it was in an earlier call.
         """
-        streams = [x for x in output if isinstance(x, Tensor)] if isinstance(output, tuple) else [output]
-        if len(streams) > 1:
+        outputs = output if isinstance(output, tuple) else (output,)
+        places = [i for i, x in enumerate(outputs) if isinstance(x, Tensor)]
+        if len(places) > 1:
             by_position = args[self.position] if self.position is not None and self.position < len(args) else None
             image = kwargs.get("hidden_states", by_position)
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2]
             images = inputs if image is None else [image]
-            streams = [x for x in streams if len(images) == 1 and x.shape == images[0].shape]
-        return streams[0] if len(streams) == 1 and isinstance(streams[0], Tensor) else None
+            places = [i for i in places if len(images) == 1 and outputs[i].shape == images[0].shape]
+            if len(places) == 1:
+                self.image = places[0]
+            elif self.image in places:
+                places = [self.image]
+        # What stands behind a tuple is no U-Net block's hidden states, which come before the skip connections.
+        clear = len(places) == 1 and not any(isinstance(x, tuple | list) for x in outputs[: places[0]])
+        return cast(Tensor, outputs[places[0]]) if clear else None
 
     def _several_streams(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Exception:
         """The error for a module whose output is unclear. It names modules inside that return one tensor."""
@@ -103,9 +117,11 @@ class _Tap:
 
         inside = [(name, inner) for name, inner in module.named_modules(prefix=self.layer) if inner is not module]
         hooks = [inner.register_forward_hook(partial(note, name=name)) for name, inner in inside]
-        module.forward(*args, **kwargs)
-        for hook in hooks:
-            hook.remove()
+        try:
+            module.forward(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
         parts = output if isinstance(output, tuple) else ()
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts]
         instead = f", as inside it {', '.join(map(repr, single[-8:]))}" if single else ""
@@ -121,7 +137,9 @@ class FrozenEncoder:
     """
 
     _seen: torch.dtype | None = None  # the dtype of the features that were returned last
+    _inner: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code
     _reached = False  # whether a pass without gradients has shown that the features depend on the latents
+    _apart = False  # whether a backward pass has shown that a sample's features depend on this sample alone
 
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
@@ -136,6 +154,10 @@ class FrozenEncoder:
         if checkpoint:
             _recompute_blocks(self.view)
         self._call = call or _by_name
+        if call is not None:
+            self.view.register_forward_pre_hook(_fresh_containers, with_kwargs=True)
+        # Of diffusers' models it is known that rows do not mix, and that features show the dtype of what computes them.
+        self._known = call is None and all(map(_is_diffusers, self.view.modules()))
         self._signature = inspect.signature(type(self.view).forward)
         self._takes_text = "encoder_hidden_states" in self._signature.parameters and call is None
         self._reads_text = any(getattr(module, "has_cross_attention", False) for module in self.view.modules())
@@ -154,7 +176,10 @@ class FrozenEncoder:
 
         ``trainer_dtype`` is that in which the trainer holds the latents. Here alone they are cast to the model's dtype.
         """
-        dtype = None if _autocast_dtype(latents.device) else self.dtype  # autocast casts what it needs itself
+        amp = _autocast_dtype(latents.device)
+        dtype = None if amp else self._dtype_of_latents(trainer_dtype)  # autocast casts what it needs itself
+        looks = not (self._known or self._inner or amp or torch.compiler.is_compiling())
+        products = _Products() if looks else contextlib.nullcontext()
         conditioning = {k: _prepared(v, dtype, trainer_dtype, k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
@@ -163,18 +188,23 @@ class FrozenEncoder:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
         self._pass.kept = kept
         try:
-            with contextlib.suppress(LastLayerReached):
+            with contextlib.suppress(LastLayerReached), products:
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
         finally:
             self._pass.kept = None
             self._pass.free.append(None)
         # The forward may have ended without the exception, by its own end.
         if missing := self.weights.keys() - kept.keys():
-            raise RuntimeError(f"the model's forward never called {sorted(missing)}; choose a layer that it calls")
+            hint = "" if self._call is _by_name else ", and let `call` run the model that it is given"
+            raise RuntimeError(
+                f"the model's forward never called {sorted(missing)}; choose a layer that it calls{hint}"
+            )
         features = {layer: _one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
             # With several dtypes the coarsest counts, since its rounding is the largest.
-            self._seen = max((f.dtype for f in features.values()), key=lambda dtype: torch.finfo(dtype).eps)
+            seen = [f.dtype for f in features.values()]
+            self._inner = _coarsest([*products.dtypes, *seen]) if isinstance(products, _Products) else self._inner
+            self._seen = _coarsest([*seen, self._inner] if self._inner else seen)
         return features
 
     def reached(self, encode: Encode, latents: Tensor) -> Features:
@@ -190,12 +220,36 @@ class FrozenEncoder:
         self._reached = True
         return {layer: f.detach() for layer, f in graph.items()}
 
+    def check_apart(self, graph: Features, pull_back: PullBack) -> None:
+        """Refuse features of one sample that depend on other samples, once, by a backward pass from the last sample.
+
+        Their errors would be no errors of a sample, and rows that are grouped to samples would be grouped wrongly.
+        """
+        batch = len(next(iter(graph.values())))
+        if self._known or self._apart or batch == 1 or torch.compiler.is_compiling():
+            return
+        cotangents = {}
+        for layer, f in graph.items():
+            last = torch.arange(f[-1].numel(), device=f.device, dtype=torch.float32).cos().view_as(f[-1])
+            cotangents[layer] = torch.cat([torch.zeros_like(f[:-1]), last[None].to(f.dtype)])
+        slope = pull_back(cotangents, retain_graph=True)
+        if type(slope) is Tensor and not slope.is_meta and slope[:-1].abs().amax() > 1e-5 * slope.abs().amax():
+            must_be = "a module whose output for each sample depends on this sample alone, with its rows together"
+            raise bad("layer", must_be, f"{list(graph)}, whose output for the last sample depends on others too")
+        self._apart = True
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights, leaving out those that it always keeps in float32."""
         kept: Any = getattr(self.view, "_keep_in_fp32_modules", None) or ()
         weights = ((name, p.dtype) for name, p in self.view.named_parameters() if p.is_floating_point())
-        return next(dtype for name, dtype in weights if not any(part in name for part in kept))
+        return next((dtype for name, dtype in weights if not any(part in name for part in kept)), torch.float32)
+
+    def _dtype_of_latents(self, trainer_dtype: torch.dtype) -> torch.dtype:
+        """The weights' dtype; the trainer's where this is narrower and some of the weights have it."""
+        dtype = self.dtype
+        narrower = trainer_dtype.itemsize < dtype.itemsize
+        return trainer_dtype if narrower and any(p.dtype == trainer_dtype for p in self.view.parameters()) else dtype
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the model computes in now: autocast's, or else its last features' or its weights'."""
@@ -344,8 +398,41 @@ def _first_weight(modules: Mapping[str, nn.Module]) -> Tensor | None:
     return next((p for module in modules.values() for p in module.parameters(recurse=False)), None)
 
 
-def _by_name(model: nn.Module, latents: Tensor, timesteps: Tensor, **conditioning: Any) -> None:
+def _by_name(model: nn.Module, latents: Tensor, timesteps: Tensor, /, **conditioning: Any) -> None:
     model(latents, timestep=timesteps, **conditioning)
+
+
+def _is_diffusers(module: nn.Module) -> bool:
+    """Whether diffusers or torch wrote the module, and its attention processor if it has one."""
+    code = [type(module).__module__, type(vars(module).get("processor")).__module__]
+    return all(name.startswith(("diffusers.models.", "torch.nn.", "builtins")) for name in code)
+
+
+def _fresh_containers(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """New lists and dicts at each point, since a model may empty the one that it gets, as diffusers' U-Net does."""
+    return tree_map(lambda x: x, (args, kwargs))
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtypes in which matrix products, convolutions and attention are computed."""
+
+    supports_higher_order_operators = True  # such as flex_attention
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple) else out
+        product = any(part in str(function) for part in _PRODUCTS)
+        if product and isinstance(first, Tensor) and first.is_floating_point():
+            self.dtypes.add(first.dtype)
+        return out
+
+
+def _coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -391,9 +478,9 @@ def _resolve(view: nn.Module, layer: str) -> str:
 def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Features, PullBack]:
     """The features at ``latents``, and a function from a cotangent of the features to that of the latents.
 
-    The function can be called once, which frees the encoder's activations. Without ``keep`` they are not kept at all,
-    and it cannot be called. Compilers can trace ``torch.func.vjp`` but not ``torch.autograd.grad``. Only the latter can
-    recompute activations (``checkpoint=True``), so each has its case.
+    A call of the function frees the encoder's activations, unless it retains the graph. Without ``keep`` they are not
+    kept at all, and it cannot be called. Compilers can trace ``torch.func.vjp`` but not ``torch.autograd.grad``. Only
+    the latter can recompute activations (``checkpoint=True``), so each has its case.
     """
     if torch.compiler.is_compiling():
         features, vjp, *_ = torch.func.vjp(partial(_dependent, encode), latents)
@@ -404,12 +491,13 @@ def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Feat
         leaf = latents.detach().requires_grad_()
         graph = _dependent(encode, leaf.view_as(leaf))  # torch's FLOP counter hooks a module's inputs, but no leaf
 
-    def pull_back(cotangents: Features) -> Tensor:
+    def pull_back(cotangents: Features, retain_graph: bool = False) -> Tensor:
         # The casts of the forward pass have derivatives of their own. With autocast on, the backward pass would round
         # the cotangents once more.
         device, amp = latents.device, _autocast_dtype(latents.device)
         with torch.autocast(device.type, enabled=False) if amp else contextlib.nullcontext():
-            return torch.autograd.grad(list(graph.values()), leaf, [cotangents[layer] for layer in graph])[0]
+            values = [cotangents[layer] for layer in graph]
+            return torch.autograd.grad(list(graph.values()), leaf, values, retain_graph=retain_graph)[0]
 
     return {layer: f.detach() for layer, f in graph.items()}, pull_back
 
@@ -429,6 +517,8 @@ def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
     Features with tokens first, (L, B, D), look the same if L is a multiple of B. So a second dimension of B is refused.
     """
     rows = len(features) if features.ndim else 0
+    if not features.is_floating_point():
+        raise bad("layer", "a module whose output is floating-point", f"{layer!r}, in {features.dtype}", TypeError)
     if rows == batch:
         return features
     if rows == 0 or rows % batch or (batch > 1 and features.ndim > 1 and features.shape[1] == batch):
@@ -441,17 +531,25 @@ def _prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype,
     """Conditioning as the encoder takes it: detached, with floats in ``dtype``, in new containers.
 
     The text follows the model's dtype, and so does what has the latents' dtype or is no wider than the model's. Class
-    labels or rotary tables that the trainer keeps wider stay as they are. Ids (SDXL's sizes, positions) always do,
-    since bf16 cannot hold a number such as 1021.
+    labels or rotary tables that the trainer keeps wider stay as they are. Ids, sizes and what is at most four numbers a
+    sample, such as a second time, always do, since bf16 cannot hold a number such as 1021.
     """
     if isinstance(value, Mapping):
-        return {key: _prepared(item, dtype, trainer_dtype, key) for key, item in value.items()}
+        try:
+            new: Any = copy.copy(value)  # of its own class, which may have attributes
+            for key, item in value.items():
+                new[key] = _prepared(item, dtype, trainer_dtype, str(key))
+        except TypeError:  # a mapping that cannot be written to
+            return {key: _prepared(item, dtype, trainer_dtype, str(key)) for key, item in value.items()}
+        return new
     if isinstance(value, list | tuple):
-        return type(value)(_prepared(item, dtype, trainer_dtype, name) for item in value)
+        items = [_prepared(item, dtype, trainer_dtype, name) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
-    if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
+    exact = value.ndim < 2 or value[0].numel() <= 4 or name.endswith(("ids", "size"))
+    if dtype is not None and value.is_floating_point() and not exact:
         follows = name == "encoder_hidden_states" or value.dtype == trainer_dtype or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value
     return value

@@ -76,8 +76,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             memory and costs about one more forward pass of the encoder. A compiled loss ignores it, since the compiler
             plans memory itself.
         chunk_size: how many samples are evaluated at a time, or None for all. It bounds the encoder's share of the peak
-            of memory. In a batch of pairs a chunk holds whole pairs, and at least one. Conditioning must then be
-            tensors with the batch first, numbers or None, since nothing else can be split without a guess.
+            of memory. In a batch of pairs a chunk holds whole pairs, and at least one. Conditioning must then be given
+            as arguments that are tensors with the batch first, numbers or None, since nothing else can be split
+            without a guess.
         call: a function that calls the model as the trainer does, if that is not ``model(latents, timestep=timesteps,
             encoder_hidden_states=..., **model_kwargs)``. It is given the encoder, latents, timesteps and the other
             arguments by name, as in ``lambda model, x, t, **kw: model(pack(x), timestep=t / 1000, **kw)`` for Flux.
@@ -175,7 +176,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         The margin ``ref_error - error`` is exact to its own digits, however alike the two predictions are. The gradient
         of ``error`` is computed here, so nothing of the encoder is kept for the trainer's backward pass. The encoder is
         called once for each point, with exactly the conditioning that is given. It runs in eval mode, and must draw no
-        random numbers.
+        random numbers. The features of a sample must depend on this sample alone.
 
         Args:
             model_pred: the model's prediction, (B, C, H, W). Gradients flow through it alone.
@@ -220,7 +221,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
         check_noisy(self.schedule, noisy_latents, timesteps)  # reverse_step has checked the timesteps
-        z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach()
+        z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach().to(dtype)
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
         # The gap is computed from the predictions, since the difference of the two displacements would lose digits.
         batch = _Batch(
@@ -258,6 +259,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         features += [encode(x) for x in others]
         if trains:
             graph, pull_back = linearized(encode, points.graph)
+            self._encoder.check_apart(graph, pull_back)
             features = [graph, *features] if at_point else features
         # The features may show another dtype than the weights. Then the estimator was the wrong one: start again.
         if self._encoder.compute_dtype(base.device) != dtype:

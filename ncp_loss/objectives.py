@@ -217,7 +217,7 @@ def sft_loss(chosen_error: Tensor, *, reduction: str = "mean") -> Tensor:
     tensor(0.5000)
     """
     check_errors(chosen_error=chosen_error)
-    return reduce_batch(chosen_error, reduction)
+    return reduce_batch(chosen_error.to(at_least_float32(chosen_error)), reduction)
 
 
 def mapo_loss(

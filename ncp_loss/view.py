@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import TypeVar
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .checks import bad
-from .watch import Link, Watch, check_base, is_sharded, layers_inside
+from .watch import Link, Watch, check_base, is_sharded, layers_inside, written_by
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,6 +24,8 @@ _BOUND_TO_ORIGINAL = (
     *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
 )
 _OF_FSDP = "__composable_api"  # how the names of FSDP2's attributes begin
+# Of these packages' classes a module with one child, called "module", is a wrapper.
+_WRAPPERS = "torch", "deepspeed", "accelerate", "lightning", "pytorch_lightning", "fairscale", "colossalai"
 
 
 def frozen_view(model: M) -> M:
@@ -68,7 +73,37 @@ def twin_of(model: nn.Module, name: str = "unet") -> tuple[nn.Module, list[Link]
     ``name`` is what messages call the model.
     """
     links: list[Link] = []
-    return _twin("", {"": _unwrapped(model)}, "", name, {}, links), links
+    memo: dict[int, nn.Module] = {}
+    view = _twin("", {"": _unwrapped(model)}, "", name, memo, links)
+    for twin in memo.values():
+        vars(twin).update({key: _redirected(x, memo) for key, x in vars(twin).items() if key not in vars(nn.Module())})
+    return view, links
+
+
+def _redirected(value: Any, twins: Mapping[int, nn.Module]) -> Any:
+    """An attribute in which each module of the model is replaced by its twin; the same object where there is none.
+
+    A list of layers, a method of the model kept as an attribute, or a partial of one would else lead out of the view.
+    """
+    again = partial(_redirected, twins=twins)
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if isinstance(value, MethodType):
+        owner = again(value.__self__)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
+    if isinstance(value, partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+        function, *rest = map(again, parts)
+        args, keywords = rest[: len(value.args)], dict(zip(value.keywords, rest[len(value.args) :], strict=True))
+        same = all(map(operator.is_, parts, (function, *rest)))
+        return value if same else partial(function, *args, **keywords)
+    if type(value) in (list, tuple):
+        items = [again(item) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    if type(value) is dict:
+        found = {key: again(item) for key, item in value.items()}
+        return value if all(found[key] is value[key] for key in value) else found
+    return value
 
 
 def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -101,9 +136,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while not isinstance(model, torch.jit.ScriptModule):  # layers_inside refuses it
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        elif list(model._modules) == ["module"]:
+        elif list(model._modules) == ["module"] and written_by(model, *_WRAPPERS):
             model = model._modules["module"]  # type: ignore[assignment]
-        elif "base_model" in model._modules:  # PeftModel's and PeftMixedModel's tuner, which holds the model
+        elif "base_model" in model._modules and written_by(model, "peft"):  # the tuner, which holds the model
             model = model._modules["base_model"].model  # type: ignore[assignment, union-attr]
         else:
             break
@@ -128,14 +163,14 @@ def _twin(
     layers = layers_inside(outer, path, name)
     module = layers[-1]
     if id(module) in memo:
-        links.append(Link(path, modules, key, memo[id(module)], layers))
+        links.append(Link(path, modules, key, memo[id(module)], layers, module, vars(module).get("processor")))
         return memo[id(module)]
     check_base(module, path, name)
     mro = type(module).__mro__
     of_fsdp = mro[1].__name__ == "FSDPModule"  # FSDP2 makes a class of its own of FSDPModule and the module's class
     twin: nn.Module = object.__new__(mro[2] if of_fsdp else mro[0])
     memo[id(module)] = twin
-    links.append(Link(path, modules, key, twin, layers))
+    links.append(Link(path, modules, key, twin, layers, module, vars(module).get("processor")))
     kept = [key for key in vars(module) if key not in _BOUND_TO_ORIGINAL and not key.startswith(_OF_FSDP)]
     state = {key: vars(module)[key] for key in kept}
     # The twin shares the dictionaries of tensors, not only the tensors. So what model.to(...) puts there, it has too.

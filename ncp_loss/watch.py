@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .checks import bad
 
-# Under these names PEFT's tuners, PEFT's modules to save, and torch.compile keep the layer that they wrap.
-_WRAPPED = ("base_layer", "original_module", "_orig_mod")
+# Under these names PEFT's tuners, PEFT's modules to save, and torch.compile keep the layer that they wrap. Other
+# libraries' modules may have children of such names, which are no wrapped layers.
+_WRAPPED = {"base_layer": "peft", "original_module": "peft", "_orig_mod": "torch"}
 # PEFT's initialisations that write to the adapter only, and not to the base weights.
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # diffusers' hooks that convert or move weights.
@@ -32,6 +34,8 @@ class Link(NamedTuple):
     key: str
     twin: nn.Module
     layers: tuple[nn.Module, ...]  # the outermost wrapper first, the base model's layer last
+    base: nn.Module  # the base model's layer when the view was made
+    processor: Any  # its attention processor, if that is no module
     forward: Any = None  # an override of `forward` on the base layer's instance, as of LyCORIS and kohya's LoRA
 
 
@@ -91,10 +95,16 @@ class Watch:
         for i, link in enumerate(self._links):
             layer = link.modules.get(link.key)
             layers = () if layer is None else layers_inside(layer, link.path, self.name)
-            forward = vars(layers[-1]).get("forward") if layers else None
-            if layers != link.layers or forward != link.forward:
+            forward, processor = (vars(layers[-1]).get(key) if layers else None for key in ("forward", "processor"))
+            if processor is not link.processor and vars(link.twin).get("processor") is link.processor:
+                vars(link.twin)["processor"] = processor  # unless the view was given one of its own
+            if layers != link.layers or forward != link.forward or processor is not link.processor:
                 self._expect(link, layers)
-                self._links[i] = link._replace(layers=layers, forward=forward)
+                self._links[i] = link._replace(layers=layers, forward=forward, processor=processor)
+            if layers and layers[-1] is not link.base:
+                raise self._moved(link.path, "was replaced by another layer")
+            if layers and self.stirred and (new := layers[-1]._modules.keys() - link.twin._modules.keys()):
+                raise self._moved(link.path, f"got new layers, {sorted(new)}")
         if self.stirred:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
             for weight in self._weights():
                 weight.forget()
@@ -116,7 +126,7 @@ class Watch:
         """Whether another tensor stands there, or the same one has been written to or moved."""
         now = weight.home.get(weight.key)
         if now is None or now.requires_grad:
-            raise self._moved(weight, "was removed" if now is None else "became trainable")
+            raise self._moved(weight.path, "was removed" if now is None else "became trainable")
         return now is not weight.tensor or _state(now, weight.rewritten) != weight.state
 
     def _expect(self, link: Link, layers: tuple[nn.Module, ...]) -> None:
@@ -125,7 +135,7 @@ class Watch:
         lost = set(link.layers[:-1]) - set(layers)
         for weight in weights:
             if lost and weight.sums is None:
-                raise self._moved(weight, "lost its adapter, which may have been merged into it")
+                raise self._moved(weight.path, "lost its adapter, which may have been merged into it")
             weight.forget()
             # PEFT's target_parameters parametrizes the weight while the model runs, and so writes to it in each pass.
             weight.rewritten = any(vars(layer).get("parameter_name") == weight.key for layer in layers[:-1])
@@ -135,13 +145,13 @@ class Watch:
         now = weight.home[weight.key]
         assert now is not None
         if is_sharded(now):
-            raise self._moved(weight, "was sharded over processes")
+            raise self._moved(weight.path, "was sharded over processes")
         # Nothing was kept before the first call. In a copy the state is lost, but the sums are not.
         first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
         weight.coarsest = max(weight.coarsest, torch.finfo(now.dtype).eps / 2 if now.is_floating_point() else 0, 1e-6)
         if not first and not _same(weight, now):
             hint = "" if is_parameter else " (where the model's own forward does that, hand over copy.deepcopy(model))"
-            raise self._moved(weight, "was changed" + hint)
+            raise self._moved(weight.path, "was changed" + hint)
         if not first and now is weight.tensor and not is_parameter:
             weight.rewritten = True  # as DDP writes the first process's buffers into the others' at every step
         weight.sums = _row_sums(now) if weight.sums is None else weight.sums
@@ -160,13 +170,13 @@ class Watch:
                     a, b = (f"{w.path} on {w.tensor.device}" for w in (first, weight))
                     raise bad(self.name, "on one device, not offloaded in part", f"{a}, {b}")
 
-    def _moved(self, weight: _Weight, what: str) -> RuntimeError:
+    def _moved(self, path: str, what: str) -> RuntimeError:
         of_loss = self.name == "unet"
         sharing, again = ("the loss", "Build the loss") if of_loss else ("the view", "Call frozen_view")
         return RuntimeError(
             f"{self.name}'s base weights must stay as they were at the first call of {sharing}, which shares them: "
-            f"{weight.path} {what}. {again} again; where weights are trainable or sharded by then, it keeps a copy of "
-            "the part it needs"
+            f"{path or 'the model'} {what}. {again} again; where weights are trainable or sharded by then, it keeps a "
+            "copy of the part it needs"
         )
 
     def _listen(self) -> None:
@@ -225,11 +235,18 @@ def layers_inside(module: nn.Module, path: str, name: str) -> tuple[nn.Module, .
             raise _merged(path, name)
         if "peft_config" in own:
             _check_initialisation(own["peft_config"], name)
-        inner = next((module._modules[key] for key in _WRAPPED if key in module._modules), None)
+        found = [key for key, by in _WRAPPED.items() if key in module._modules and written_by(module, by)]
+        inner = module._modules[found[0]] if found else None
         if inner is None:
             return tuple(layers)
         module = inner
         layers.append(module)
+
+
+def written_by(module: nn.Module, *packages: str) -> bool:
+    """Whether the module's class, or one that it inherits from, is one of these packages' and no plain torch layer."""
+    names = (cls.__module__ for cls in type(module).__mro__)
+    return any(name.split(".")[0] in packages and not name.startswith("torch.nn.modules.") for name in names)
 
 
 def _check_initialisation(configs: Mapping[str, Any], name: str) -> None:
@@ -258,9 +275,11 @@ def check_base(module: nn.Module, path: str, name: str) -> None:
         if trainable and not trainable & originals:
             wrong = "is parametrized by an adapter"
     for key in [key for key, value in own.items() if isinstance(value, Tensor)]:
-        if key in ("weight", "bias") or any(source.startswith(f"{key}_") for source in module._parameters):
+        if key in ("weight", "bias") or {f"{key}_{end}" for end in ("orig", "g", "v")} & module._parameters.keys():
             wrong = f"has a {key} made by a hook (old weight_norm, spectral_norm, prune), and hooks are left out"
-    if any(isinstance(p, Tensor) and p.numel() == 0 for p in module._parameters.values()):
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+        wrong = "has weights that its first call will make (a lazy layer): call the model once before"
+    elif any(isinstance(p, Tensor) and p.numel() == 0 for p in module._parameters.values()):
         wrong = "has an empty weight, which lives elsewhere until the model itself runs"
     hooks = (own.get("_hf_hook"), *getattr(own.get("_hf_hook"), "hooks", ()))
     if any(getattr(hook, "offload", False) is True for hook in hooks):

@@ -1,0 +1,574 @@
+"""Models whose code is not diffusers': nothing is guessed of it. A hook on the model itself tells what is right."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from models import batch, encoder_of, sd15, small
+from peft import LoraConfig, get_peft_model
+from test_conditioning import Sharpened, load_ip_adapters, t2i
+from test_own_models import assert_is_the_definition, inputs
+from torch import Tensor, nn
+from users import AT, block_output
+
+import ncp_loss
+from ncp_loss import NoiseConditionedPerceptualLoss as NCP
+from ncp_loss import frozen_view
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+SCHEDULE = ncp_loss.NoiseSchedule(BETAS)
+
+
+def conv(a: int, b: int) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 3, padding=1)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(4, 8), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).sin()).sin())
+
+
+def made(kind: type[nn.Module], *args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(*args).double().requires_grad_(False)
+
+
+def assert_right(model: nn.Module, layer: str = "c", **options: Any) -> None:
+    """Value and gradient of ``layer`` are those of a hook on the user's own model."""
+    pristine, ncp = copy.deepcopy(model), NCP(model, layer, schedule=SCHEDULE, **options)
+    call = options.get("call", lambda m, x, t: m(x, t))
+    predict = lambda x, t: call(pristine, x, t)  # noqa: E731
+    assert_is_the_definition(ncp, pristine.get_submodule(layer), predict, "epsilon", BETAS, inputs(4, 8))
+
+
+# Rows that are not samples.
+
+
+class Views(Net):
+    """Neighbouring rows are two views of a scene, and attend to each other."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.a(x).sin().reshape(-1, 2, 8, *x.shape[2:])
+        return self.c((h + 2 * h.flip(1)).flatten(0, 1).sin())
+
+
+class FramesFirst(Net):
+    """Clips (B, C, F, H, W), whose frames are taken together before the next frame of all clips."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.c(self.a(x.permute(2, 0, 1, 3, 4).flatten(0, 1)).sin())
+
+
+class TokensFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.c(self.a(x.flatten(2).permute(2, 0, 1)).sin())
+
+
+def doubled(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return model(torch.cat([x, x]), torch.cat([t, t]))
+
+
+def in_halves(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return torch.cat([model(half, t) for half in x.chunk(2)])
+
+
+MIXED = {
+    "views of a scene": (Views, (4, 4, 8, 8), None),
+    "frames first": (FramesFirst, (4, 4, 3, 8, 8), None),
+    "as many tokens as samples, tokens first": (TokensFirst, (4, 4, 2, 2), None),
+    "the batch twice, by call": (Net, (4, 4, 8, 8), doubled),
+    "one half of the clips after the other, by call": (FramesFirst, (4, 4, 2, 8, 8), in_halves),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("kind", "shape", "call"), MIXED.values(), ids=MIXED)
+def test_features_of_a_sample_that_depend_on_other_samples_are_refused(
+    kind: type[nn.Module], shape: tuple[int, ...], call: Any, chunk_size: int | None
+) -> None:
+    if chunk_size and kind is TokensFirst:
+        shape = 4, 4, 1, 2  # as many as samples in a chunk
+    ncp = NCP(made(kind), "c", call=call, chunk_size=chunk_size)
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match=r"^layer must be a module whose output for each sample depends on this sample"
+    ):
+        ncp.errors(x[0].requires_grad_(), x[1], x[2], torch.tensor([300, 400, 500, 600]))
+
+
+def test_processors_of_ones_own_that_mix_the_rows_of_a_diffusers_model_are_refused_too() -> None:
+    class CrossFrame(Sharpened):
+        def __call__(self, attn: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return super().__call__(attn, hidden + hidden.mean(0, keepdim=True), *args, **kwargs)
+
+    unet = sd15()
+    given = batch(unet, 2)
+    NCP(unet).errors(**given).error.sum().backward()
+    unet.set_attn_processor(Sharpened(5.0))
+    NCP(unet).errors(**given).error.sum().backward()
+    unet.set_attn_processor(CrossFrame(5.0))
+    with pytest.raises(ValueError, match=r"^layer must be a module whose output for each sample depends on"):
+        NCP(unet).errors(**given)
+
+
+def test_a_sample_alone_is_not_looked_at_and_the_next_batch_is() -> None:
+    ncp = NCP(made(Net), "c", call=doubled)
+    x, noise, pred = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ncp.errors(pred[:1].requires_grad_(), noise[:1], x[:1], torch.tensor([300]))
+    with pytest.raises(ValueError, match=r"^layer must be"):
+        ncp.errors(pred.requires_grad_(), noise, x, torch.tensor([300, 300]))
+
+
+def test_an_invalid_number_in_one_sample_is_no_dependence_on_it() -> None:
+    ncp = NCP(made(Net), "c")
+    pred, noise, x = torch.randn(3, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pred[1] = torch.nan
+    error = ncp.errors(pred.requires_grad_(), noise, x, torch.tensor([300, 300, 300])).error
+    assert error.isfinite().tolist() == [True, False, True]
+
+
+# Conditioning that a model uses up.
+
+
+@pytest.mark.parametrize("layer", ["down_blocks.3", "mid_block"])
+@pytest.mark.parametrize("where", ["closure", "object"])
+def test_a_list_that_the_model_empties_is_there_again_at_the_next_point(layer: str, where: str) -> None:
+    case = t2i(sd15, channels=[16, 16, 32, 32])
+    residuals = [r.detach() for r in case.kwargs["down_intrablock_additional_residuals"]]
+    given = batch(case.unet, 2)
+    text = given.pop("encoder_hidden_states")
+    wanted = NCP(case.unet, layer).errors(
+        **given, encoder_hidden_states=text, down_intrablock_additional_residuals=residuals
+    )
+    mine = list(residuals)
+    holder = SimpleNamespace(residuals=mine)
+
+    def call(model: nn.Module, x: Tensor, t: Tensor) -> Any:
+        at = mine if where == "closure" else holder.residuals
+        return model(x, t, text, down_intrablock_additional_residuals=at)
+
+    ncp = NCP(case.unet, layer, call=call)
+    for _ in range(2):
+        torch.testing.assert_close(ncp.errors(**given).error, wanted.error, rtol=1e-9, atol=0)
+    assert len(mine) == len(residuals)
+
+
+class Pair(NamedTuple):
+    scale: Tensor
+    shift: Tensor
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Film(Net):
+    def forward(self, x: Tensor, timestep: Tensor, cond: Any = None) -> Tensor:
+        scale, shift = cond if isinstance(cond, Pair) else (cond["scale"], cond["shift"])
+        if isinstance(cond, Attributes):
+            scale = cond.scale
+        return self.c((self.a(x) * scale[..., None, None] + shift[..., None, None]).sin())
+
+
+CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "named tuple": Pair,
+    "dict with attributes": lambda scale, shift: Attributes(scale=scale, shift=shift),
+    "UserDict": lambda scale, shift: collections.UserDict(scale=scale, shift=shift),
+    "defaultdict": lambda scale, shift: collections.defaultdict(Tensor, scale=scale, shift=shift),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_of_conditioning_keep_their_class_and_the_users_are_not_written_to(container: Any) -> None:
+    model = made(Film)
+    scale, shift = torch.randn(2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    cond = container(scale.requires_grad_(), shift)
+    x = inputs(4, 8)[2]
+    t = torch.tensor([300] * 4)
+    found = NCP(model, "c").features(x, t, cond=cond)["c"]
+    assert torch.equal(found, model(x, t, cond))
+    assert (cond[0] if isinstance(cond, tuple) else cond["scale"]) is scale
+
+
+class Sized(Net):
+    def forward(self, x: Tensor, timestep: Tensor, original_size: Any = None, r: Any = None) -> Tensor:
+        more = (original_size.sum(1) + r).to(x.dtype)
+        return self.c(self.a(x) * more.sin()[:, None, None, None])
+
+
+def test_sizes_and_times_reach_a_bfloat16_model_as_the_trainer_gives_them() -> None:
+    model = made(Sized).bfloat16()
+    x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
+    sizes, r = torch.tensor([[1365.0, 765.0]] * 4), torch.tensor([999.25, 3.5, 2.0, 1.0])
+    found = NCP(model, "c").features(x, t, original_size=sizes, r=r)["c"]
+    assert torch.equal(found, model(x.bfloat16(), t, sizes, r))
+
+
+# The dtype in which a model computes.
+
+
+class Amp(nn.Module):
+    """In float32 from outside, and in bf16 inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = conv(4, 8), conv(8, 8), nn.Identity()
+        self.dtype = torch.bfloat16
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.a(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.out(h + self.b(h.sin()))
+
+
+class Flash(nn.Module):
+    """In float32, but for its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.qkv, self.out = nn.Linear(4, 16), nn.Linear(16, 48), nn.Identity()
+        self.dtype = torch.bfloat16
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.a(x.flatten(2).mT)
+        q, k, v = (part.to(self.dtype) for part in self.qkv(h).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4))
+        return self.out(h + nn.functional.scaled_dot_product_attention(q, k, v).to(h.dtype).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [Amp, Flash])
+def test_a_float32_model_that_computes_in_bfloat16_inside_gets_the_estimator_of_bfloat16(kind: type) -> None:
+    model = made(kind).float()
+    exact = copy.deepcopy(model).double()
+    exact.dtype = torch.float64
+    pred, target, x, t = (value.float() if value.is_floating_point() else value for value in inputs(4, 16))
+    pred = (target + 0.03 * (pred - target)).detach().requires_grad_()
+    error = NCP(model, "out", schedule=SCHEDULE).errors(pred, target, x, t).error
+    (slope,) = torch.autograd.grad(error.sum(), pred)
+    truth = NCP(exact, "out", schedule=SCHEDULE).errors(pred, target.double(), x.double(), t).error
+    (wanted,) = torch.autograd.grad(truth.sum(), pred)
+    torch.testing.assert_close(error.double(), truth, rtol=0.02, atol=0)
+    assert torch.cosine_similarity(slope.flatten(), wanted.flatten(), dim=0) > 0.999
+    literal = NCP(model, "out", schedule=SCHEDULE, difference="literal").errors(pred, target, x, t).error
+    assert (literal.double() / truth - 1).abs().max() > 0.5  # what rounding makes of the definition
+
+
+def test_autocast_around_the_loss_is_no_dtype_of_the_model_itself() -> None:
+    model = made(Net).float()
+    pred, target, x, t = (value.float() if value.is_floating_point() else value for value in inputs(4, 8))
+    ncp = NCP(model, "c")
+    with torch.autocast("cpu", torch.bfloat16):
+        ncp.errors(pred, target, x, t)
+    ncp.errors(pred, target, x, t)
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
+
+
+class TimeInFloat32(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.a, self.c = nn.Linear(1, 8), conv(4, 8), conv(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = self.time(timestep[:, None].float() / 1000).to(x.dtype)
+        return self.c(self.a(x) + time[..., None, None])
+
+
+def test_latents_stay_in_a_dtype_that_the_model_takes_whatever_its_first_weight_has() -> None:
+    model = made(TimeInFloat32).bfloat16()
+    model.time.float()
+    x, t = inputs(4, 8)[2].bfloat16(), torch.tensor([300] * 4)
+    assert torch.equal(NCP(model, "c").features(x, t)["c"], model(x, t))
+
+
+def test_a_model_without_parameters_is_evaluated() -> None:
+    class Buffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w", torch.randn(8, 4, 3, 3))
+            self.c = nn.Identity()
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.c(nn.functional.conv2d(x, self.w).sin())
+
+    model = made(Buffers)
+    x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
+    assert torch.equal(NCP(model.float(), "c").features(x, t)["c"], model(x, t))
+
+
+# What leads back to the user's own modules.
+
+
+class Stages(Net):
+    """Its layers stand in a list, in a method that is kept, in a partial of one, or in a dict, too."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.stages, self.named = [self.a, self.b], {"a": (self.a.forward,), "b": (self.b.forward,)}
+        self.body, self.scaled = self._body, functools.partial(self._body, scale=1.0)
+
+    def _body(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * self.b(self.a(x).sin())
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        if self.way == "list":
+            h = self.stages[1](self.stages[0](x).sin())
+        elif self.way == "dict of methods":
+            h = self.named["b"][0](self.named["a"][0](x).sin())
+        else:
+            h = (self.body if self.way == "method" else self.scaled)(x)
+        return self.c(h.sin())
+
+
+@pytest.mark.parametrize("way", ["list", "dict of methods", "method", "partial"])
+def test_what_leads_to_a_layer_from_outside_the_tree_of_modules_leads_to_the_views(way: str) -> None:
+    model = made(Stages, way)
+    kept = {name: vars(model)[name] for name in ("stages", "named", "body", "scaled")}
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    wanted = model(x, t)
+    model.requires_grad_(True)
+    views = NCP(model, "c"), frozen_view(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)
+    assert torch.equal(views[0].features(x, t)["c"], wanted)
+    assert torch.equal(views[1](x, t), wanted)
+    assert all(vars(model)[name] is value for name, value in kept.items())
+    adapted = get_peft_model(made(Stages, way), LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
+    assert torch.equal(NCP(adapted, "c").features(x, t)["c"], wanted)
+
+
+# Names of others' wrappers.
+
+
+class Block(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, conv(4, 8))
+        self.level0 = conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.level0(self.get_submodule(self.name)(x).sin())
+
+
+class WithBlock(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.block, self.c = Block(name), conv(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.c(self.block(x))
+
+
+class Preconditioned(nn.Module):
+    def __init__(self, name: str, *rest: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, Net())
+        for more in rest:
+            self.add_module(more, conv(4, 4))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x / 3, timestep / 1000)
+
+
+@pytest.mark.parametrize("name", ["base_layer", "original_module"])
+def test_a_child_of_a_module_of_ones_own_is_no_wrapped_layer_whatever_its_name(name: str) -> None:
+    assert_right(made(WithBlock, name))
+
+
+@pytest.mark.parametrize("names", [("module",), ("base_model",), ("base_model", "head")])
+def test_a_module_of_ones_own_is_no_wrapper_whatever_its_children_are_called(names: tuple[str, ...]) -> None:
+    assert_right(made(Preconditioned, *names), f"{names[0]}.c")
+
+
+def test_a_tensor_whose_name_begins_a_parameters_is_no_weight_made_by_a_hook() -> None:
+    class Table(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.scale_shift_table = torch.tensor(0.5), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return super().forward(self.scale * x * self.scale_shift_table, timestep)
+
+    assert_right(made(Table))
+
+
+def test_layers_that_make_their_weights_at_the_first_call_are_refused() -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.LazyConv2d(8, 3)
+
+    model = Lazy()
+    with pytest.raises(ValueError, match=r"'a' has weights that its first call will make \(a lazy layer\)"):
+        NCP(model, "c")
+
+
+# What the model gets later.
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_an_ip_adapter_and_a_layer_put_in_anothers_place_are_told(called: bool, view: bool) -> None:
+    def use(made: Any) -> Any:
+        return made(*args).sample if view else made.features(*args)["down_blocks"]
+
+    changes: dict[str, Callable[[nn.Module], Any]] = {
+        r"got new layers, \[": load_ip_adapters,
+        "conv_in was replaced by another layer": lambda unet: setattr(unet, "conv_in", sd15(seed=1).conv_in),
+        r"the model got new layers, \['more'\]": lambda unet: setattr(unet, "more", nn.Linear(12, 12)),
+    }
+    for message, change in changes.items():
+        unet = sd15()
+        args = [batch(unet)[name] for name in AT]
+        made = frozen_view(unet) if view else NCP(unet)
+        if called:
+            use(made)
+        change(unet)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=message):
+                use(made)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_processor_that_the_model_gets_later_is_the_views_too_and_ones_own_on_the_view_stays(called: bool) -> None:
+    unet = sd15()
+    given = batch(unet)
+    args = [given[name] for name in AT]
+    ncp, view, other = NCP(unet), frozen_view(unet), frozen_view(unet)
+    other.set_attn_processor(Sharpened(2.0))
+    wanted_of_other = other(*args).sample
+    if called:
+        ncp.features(*args), view(*args)
+    unet.set_attn_processor(Sharpened(5.0))
+    assert torch.equal(ncp.features(*args)["down_blocks"], block_output(unet, "down_blocks.3", given))
+    assert torch.equal(view(*args).sample, unet(*args).sample)
+    other.set_attn_processor(Sharpened(2.0))
+    assert torch.equal(other(*args).sample, wanted_of_other)
+
+
+# Which output is the image's.
+
+
+class TwoStreams(nn.Module):
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return 3 * encoder_hidden_states, hidden_states.sin()
+
+
+class Text(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), TwoStreams()
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
+        return self.c(hidden_states=self.a(x.flatten(2).mT), encoder_hidden_states=text)[1]
+
+
+def test_a_stream_that_was_clear_once_is_known_where_text_and_image_are_of_one_length() -> None:
+    model = made(Text)
+    ncp, t = NCP(model, "c"), torch.tensor([300])
+    x, text = torch.randn(1, 4, 2, 2).double(), torch.randn(1, 9, 8).double()
+    with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor, or one shaped"):
+        ncp.features(x, t, text=text[:, :4])
+    ncp.features(x, t, text=text)
+    assert torch.equal(ncp.features(x, t, text=text[:, :4])["c"], model(x, t, text[:, :4]))
+
+
+class Beside(nn.Module):
+    """Returns what its second argument says; its only input of three dimensions or more is x."""
+
+    def forward(self, x: Tensor, time: Tensor, kind: str) -> Any:
+        vector = x.mean((2, 3)) + time[:, None]
+        return {"nested": ((x, 2 * x), vector), "vector": (vector, x.sin())}[kind]
+
+
+class HasBeside(Net):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.l = kind, Beside()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        out = self.l(self.a(x), timestep, self.kind)
+        return self.c(out[0][0] if self.kind == "nested" else out[1])
+
+
+def test_the_one_input_of_three_dimensions_is_the_image_and_a_tensor_behind_a_tuple_is_not() -> None:
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    model = made(HasBeside, "vector")
+    assert torch.equal(NCP(model, "l").features(x, t)["l"], model.a(x).sin())
+    nested = NCP(made(HasBeside, "nested"), "l")
+    hooks = [len(module._forward_hooks) for module in encoder_of(nested).view.modules()]
+    with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor"):
+        nested.features(x, t)
+    assert [len(module._forward_hooks) for module in encoder_of(nested).view.modules()] == hooks
+
+
+def test_features_are_kept_as_they_were_where_the_model_writes_to_them_on_its_way() -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            h = self.a(x)
+            h += 1
+            h = self.b(h)
+            h += 1
+            return self.c(h)
+
+    model = made(InPlace)
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    found = NCP(model, ["a", "b", "c"]).features(x, t)
+    assert torch.equal(found["a"], model.a(x))
+    assert torch.equal(found["b"], model.b(model.a(x) + 1))
+
+
+def test_complex_features_are_refused_and_a_call_that_runs_another_model_is_told_what_to_run() -> None:
+    class Fourier(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Identity()
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.c(torch.fft.ifft2(self.f(torch.fft.fft2(self.a(x)))).real)
+
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    with pytest.raises(TypeError, match=r"^layer must be a module whose output is floating-point; it was 'f'"):
+        NCP(made(Fourier), "f").features(x, t)
+    model = made(Net)
+    with pytest.raises(RuntimeError, match="let `call` run the model that it is given"):
+        NCP(model, "c", call=lambda _, x, t: model(x, t)).features(x, t)
+
+
+def test_arguments_of_a_model_may_be_called_like_the_losss_own() -> None:
+    class Named(Net):
+        def forward(self, x: Tensor, timestep: Tensor, latents: Any = None, model: Any = None) -> Tensor:
+            return super().forward(x + latents + model, timestep)
+
+    model = made(Named)
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    pred, target, *_ = inputs(4, 8)
+    one = NCP(model, "c").errors(pred, target, x, t, latents=0 * x, model=x).error
+    other = NCP(model, "c").errors(pred, target, x, t, latents=x, model=0 * x).error
+    assert torch.equal(one, other)
+    assert not torch.equal(one, NCP(model, "c").errors(pred, target, x, t, latents=x, model=x).error)
+
+
+def test_noise_of_the_step_in_another_dtype_works_under_autocast() -> None:
+    unet = small(torch.float32)
+    given = batch(unet, dtype=torch.float32) | {"variance_noise": torch.randn(2, 4, 8, 8, dtype=torch.float64)}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = NCP(unet).errors(**given).error
+    assert found.isfinite().all()
