@@ -291,3 +291,12 @@ def test_a_partly_trainable_model_converted_later_needs_autocast_or_a_loss_that_
         ncp.errors(**arguments)
     ncp.to(torch.bfloat16)
     assert torch.equal(ncp.errors(**arguments).error, NCP(unet).errors(**arguments).error)
+
+
+def test_copies_are_parameters_where_the_models_are_and_plain_tensors_where_they_are_not() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).double()
+    view = frozen_view(model)
+    assert [type(p) for p in view.parameters()] == [type(p) for p in model.parameters()] == [nn.Parameter] * 4
+    assert [type(b) for b in view.buffers()] == [type(b) for b in model.buffers()] == [Tensor] * 3
+    assert not {t.data_ptr() for t in view.state_dict().values()} & {t.data_ptr() for t in model.state_dict().values()}
+    assert not any(p.requires_grad for p in view.parameters())
