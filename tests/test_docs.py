@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.compute import COMPUTES
+from benchmarks.evidence import FRESH, verdict
+from benchmarks.evidence_arms import MAIN, rivals
 from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
@@ -156,29 +160,50 @@ def test_the_page_on_beta_shows_the_committed_figures_and_a_relative_beta_is_ahe
         assert min(relative) > max(others)
 
 
-def evidence_rows() -> list[str]:
-    study = result("evidence-digits")
-    names = ("mean reward", "reward at equal FLOPs", "undamaged reward", "reward at kept diversity")
+MEASURED = ("mean reward", "reward at equal FLOPs", "undamaged reward", "reward at kept diversity")
+SETTLED = ("mean reward", "undamaged reward")  # what settings are compared by
 
-    def row(label: str, of: dict, end: str, settings: str, sign: str = "") -> str:
-        cells = (f"{of[f'{name}{end}']:{sign}.3f} ± {of[f'{name}{end} ±']:.3f}" for name in names)
-        return f"| {label} | {settings} | {' | '.join(cells)} |"
 
+def differences(of: dict, other: str, measures: tuple[str, ...]) -> str:
+    found = [(of[f"{name} over {other}"], of[f"{name} over {other} ±"]) for name in measures]
+    return " | ".join(f"{mean:+.3f} ± {half:.3f}, {verdict(mean, half)}" for mean, half in found)
+
+
+def main_rows(testbed: str) -> list[str]:
+    """The tuned arms with DPO, and what one is over another."""
+    study, main = result(f"evidence-{testbed}"), [arm.name for arm in MAIN]
+    found = {of["arm"]: of for of in study["summary"] if of["seeds"] == len(FRESH)}
     rows = []
-    for of in study["summary"]:
-        lr, kappa = (study["tuned"][of["arm"]][key] for key in ("lr", "kappa"))
-        rows.append(row(of["arm"], of, "", f"{lr:g}, {kappa:g}"))
-    ncp = next(of for of in study["summary"] if of["arm"] == "NCP-DPO")
-    return [*rows, row("NCP-DPO over latent DPO", ncp, " over latent DPO", "", "+")]
+    for name in filter(found.__contains__, main):
+        settings = "{lr:g}, {kappa:g}".format(**study["tuned"][name])
+        cells = (f"{found[name][measure]:.3f} ± {found[name][f'{measure} ±']:.3f}" for measure in MEASURED)
+        rows.append(f"| {name} | {settings} | {' | '.join(cells)} |")
+    ncp, others = main[1], (main[0], main[2])
+    rows += [
+        f"| {ncp} over {other} | | {differences(found[ncp], other, MEASURED)} |" for other in others if other in found
+    ]
+    if main[3] in found:
+        rows.append(f"| random encoder over {ncp} | | {differences(found[main[3]], ncp, MEASURED)} |")
+    return rows
 
 
-def test_the_page_on_evidence_shows_the_committed_figures_of_whole_arms():
+def setting_rows(testbed: str) -> list[str]:
+    """All other arms, each against the one that it is most like."""
+    main, seen, rows = [arm.name for arm in MAIN], list[str](), []
+    for of in [of for of in result(f"evidence-{testbed}")["summary"] if of["seeds"] == len(FRESH)]:
+        nearest = rivals(of["arm"])[0]
+        if of["arm"] not in main and nearest in seen:
+            rows.append(f"| {of['arm']} | {nearest} | {differences(of, nearest, SETTLED)} |")
+        seen.append(of["arm"])
+    return rows
+
+
+@pytest.mark.parametrize("testbed", ["digits", "emoji"])
+def test_the_page_on_evidence_shows_the_committed_figures_of_whole_arms(testbed):
     page = (ROOT / "docs" / "evidence.md").read_text()
-    for row in evidence_rows():
-        assert row in page, row
-    assert all(row["seeds"] == 5 for row in result("evidence-digits")["summary"])
-    flops = {run["arm"]: run["FLOPs a step"] for run in result("evidence-digits")["runs"]}
-    assert f"takes {flops['NCP-DPO'] / flops['latent DPO']:.2f} times the FLOPs" in page
+    assert [row for row in main_rows(testbed) + setting_rows(testbed) if row not in page] == []
+    flops = {run["arm"]: run["FLOPs a step"] for run in result(f"evidence-{testbed}")["runs"]}
+    assert f"{flops['NCP-DPO'] / flops['latent DPO']:.2f} times the FLOPs" in page
 
 
 def healthy_rows() -> list[str]:

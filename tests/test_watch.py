@@ -644,3 +644,15 @@ def test_a_loss_that_is_gone_leaves_nothing_behind() -> None:
     del ncp
     gc.collect()
     assert gone() is None
+
+
+@BOTH
+def test_whole_numbers_that_change_are_told_however_little(make: Any, use: Any) -> None:
+    unet = small()
+    unet.register_buffer("table", torch.arange(1000, 1032))
+    arguments = batch(unet)
+    made = make(unet)
+    use(made, arguments)
+    unet.table[3] += 1
+    with pytest.raises(RuntimeError, match=r"table was changed"):
+        use(made, arguments)
