@@ -6,9 +6,12 @@ import contextlib
 import copy
 import difflib
 import inspect
+import re
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -18,13 +21,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .checks import bad, check_floating, check_number, check_numbers, check_rows
-from .tensors import Features, constant_to_compilers
+from .tensors import Features, constant_to_compilers, per_sample
 from .view import own_trainable, twin_of
 from .watch import Link, Watch
 
 Layers = str | Sequence[str] | Mapping[str, float]
 Encode = Callable[[Tensor], Features]
-PullBack = Callable[..., Tensor]  # of cotangents by layer
+PullBack = Callable[..., Tensor]  # from cotangents by layer to the latents' cotangent
 
 # The order in which the modules of a diffusers model run, whatever order they were registered in. It shows which
 # weights are used only after the last wanted layer, and need no copy. A name that is missing here costs memory. A model
@@ -34,7 +37,8 @@ _ORDER = (
     *("transformer_blocks", "single_transformer_blocks", "norm_out", "proj_out"),
 )
 
-_PRODUCTS = "mm", "linear", "conv", "attention"  # in the names of torch's operations
+# In the names of torch's operations, and in those of custom kernels.
+_PRODUCTS = re.compile(r"mm\b|\blinear\b|conv|attention|attn")
 
 # Chunked feed-forward, slicing and tiling call the layers inside them with a part of a sample at a time.
 _WHOLE = {"_chunk_size": None, "use_slicing": False, "use_tiling": False}
@@ -137,7 +141,8 @@ class FrozenEncoder:
     """
 
     _seen: torch.dtype | None = None  # the dtype of the features that were returned last
-    _inner: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code
+    # In a model of unknown code: the dtype of its weights, and the coarsest of a product inside it.
+    _inner: tuple[torch.dtype, torch.dtype] | None = None
     _reached = False  # whether a pass without gradients has shown that the features depend on the latents
     _apart = False  # whether a backward pass has shown that a sample's features depend on this sample alone
 
@@ -156,8 +161,7 @@ class FrozenEncoder:
         self._call = call or _by_name
         if call is not None:
             self.view.register_forward_pre_hook(_fresh_containers, with_kwargs=True)
-        # Of diffusers' models it is known that rows do not mix, and that features show the dtype of what computes them.
-        self._known = call is None and all(map(_is_diffusers, self.view.modules()))
+        self._known = self._is_known()
         self._signature = inspect.signature(type(self.view).forward)
         self._takes_text = "encoder_hidden_states" in self._signature.parameters and call is None
         self._reads_text = any(getattr(module, "has_cross_attention", False) for module in self.view.modules())
@@ -178,9 +182,9 @@ class FrozenEncoder:
         """
         amp = _autocast_dtype(latents.device)
         dtype = None if amp else self._dtype_of_latents(trainer_dtype)  # autocast casts what it needs itself
-        looks = not (self._known or self._inner or amp or torch.compiler.is_compiling())
-        products = _Products() if looks else contextlib.nullcontext()
-        conditioning = {k: _prepared(v, dtype, trainer_dtype, k) for k, v in conditioning.items()}
+        looks = not torch.compiler.is_compiling() and not (amp or self._known or (self._inner or " ")[0] == self.dtype)
+        products = _Products()
+        conditioning = {k: _prepared(v, dtype, trainer_dtype, len(latents), k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
             self._pass.free.pop()
@@ -188,7 +192,7 @@ class FrozenEncoder:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
         self._pass.kept = kept
         try:
-            with contextlib.suppress(LastLayerReached), products:
+            with contextlib.suppress(LastLayerReached), products if looks else contextlib.nullcontext():
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
         finally:
             self._pass.kept = None
@@ -202,9 +206,10 @@ class FrozenEncoder:
         features = {layer: _one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
             # With several dtypes the coarsest counts, since its rounding is the largest.
-            seen = [f.dtype for f in features.values()]
-            self._inner = _coarsest([*products.dtypes, *seen]) if isinstance(products, _Products) else self._inner
-            self._seen = _coarsest([*seen, self._inner] if self._inner else seen)
+            seen = {f.dtype for f in features.values()}
+            if looks:
+                self._inner = self.dtype, _coarsest(products.dtypes | seen)
+            self._seen = _coarsest(seen | set(self._inner[1:] if self._inner else ()))
         return features
 
     def reached(self, encode: Encode, latents: Tensor) -> Features:
@@ -221,29 +226,39 @@ class FrozenEncoder:
         return {layer: f.detach() for layer, f in graph.items()}
 
     def check_apart(self, graph: Features, pull_back: PullBack) -> None:
-        """Refuse features of one sample that depend on other samples, once, by a backward pass from the last sample.
+        """Refuse features of a sample that depend on other samples. Backward passes in the first training step show it.
 
-        Their errors would be no errors of a sample, and rows that are grouped to samples would be grouped wrongly.
+        Such features have no error per sample, and their rows may be grouped under the wrong sample.
         """
         batch = len(next(iter(graph.values())))
-        if self._known or self._apart or batch == 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._known or self._apart or batch == 1:
             return
-        cotangents = {}
-        for layer, f in graph.items():
-            last = torch.arange(f[-1].numel(), device=f.device, dtype=torch.float32).cos().view_as(f[-1])
-            cotangents[layer] = torch.cat([torch.zeros_like(f[:-1]), last[None].to(f.dtype)])
-        slope = pull_back(cotangents, retain_graph=True)
-        if type(slope) is Tensor and not slope.is_meta and slope[:-1].abs().amax() > 1e-5 * slope.abs().amax():
-            must_be = "a module whose output for each sample depends on this sample alone, with its rows together"
-            raise bad("layer", must_be, f"{list(graph)}, whose output for the last sample depends on others too")
+        last = torch.arange(batch) == batch - 1
+        for some in (last, ~last):  # their features must have no slope in the other samples' latents
+            cotangents = {}
+            for layer, f in graph.items():
+                wave = torch.arange(f[0].numel(), device=f.device, dtype=torch.float32).cos().view_as(f[0]).to(f.dtype)
+                cotangents[layer] = per_sample(some.to(wave), f) * wave
+            slope = pull_back(cotangents, retain_graph=True)
+            if type(slope) is not Tensor or slope.is_meta or not (largest := slope.abs().amax()).isfinite():
+                return
+            if slope[~some].abs().amax() > 1e-5 * largest:
+                must_be = "a module whose output for each sample depends on this sample alone, with its rows together"
+                raise bad("layer", must_be, f"{list(graph)}, whose output for some samples depends on others too")
         self._apart = True
+
+    def _is_known(self) -> bool:
+        """Whether all code is diffusers'. There rows do not mix, and features have the dtype that computes them."""
+        return self._call is _by_name and all(map(_is_diffusers, self.view.modules()))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights, leaving out those that it always keeps in float32."""
         kept: Any = getattr(self.view, "_keep_in_fp32_modules", None) or ()
         weights = ((name, p.dtype) for name, p in self.view.named_parameters() if p.is_floating_point())
-        return next((dtype for name, dtype in weights if not any(part in name for part in kept)), torch.float32)
+        of_weights = (dtype for name, dtype in weights if not any(part in name for part in kept))
+        of_buffers = (b.dtype for b in self.view.buffers() if b.is_floating_point())
+        return next(chain(of_weights, of_buffers), torch.float32)
 
     def _dtype_of_latents(self, trainer_dtype: torch.dtype) -> torch.dtype:
         """The weights' dtype; the trainer's where this is narrower and some of the weights have it."""
@@ -265,6 +280,8 @@ class FrozenEncoder:
         """The model's keyword arguments, checked: bad ones are refused here, before the model would fail on them."""
         if not torch.compiler.is_compiling():  # a compiler could not trace these checks of the user's own modules
             self._watch.check()
+            if self._watch.followed:
+                self._known, self._apart, self._watch.followed = self._is_known(), False, False
             self._check_own(latents)
         texts = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
         conditioning = {**model_kwargs, **texts}
@@ -404,8 +421,8 @@ def _by_name(model: nn.Module, latents: Tensor, timesteps: Tensor, /, **conditio
 
 def _is_diffusers(module: nn.Module) -> bool:
     """Whether diffusers or torch wrote the module, and its attention processor if it has one."""
-    code = [type(module).__module__, type(vars(module).get("processor")).__module__]
-    return all(name.startswith(("diffusers.models.", "torch.nn.", "builtins")) for name in code)
+    parts = (module, vars(module).get("processor"))
+    return all(type(x).__module__.startswith(("diffusers.models.", "torch.nn.")) for x in parts if x is not None)
 
 
 def _fresh_containers(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -425,13 +442,12 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         first = out[0] if isinstance(out, tuple) else out
-        product = any(part in str(function) for part in _PRODUCTS)
-        if product and isinstance(first, Tensor) and first.is_floating_point():
+        if isinstance(first, Tensor) and first.is_floating_point() and _PRODUCTS.search(str(function)):
             self.dtypes.add(first.dtype)
         return out
 
 
-def _coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -478,9 +494,9 @@ def _resolve(view: nn.Module, layer: str) -> str:
 def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Features, PullBack]:
     """The features at ``latents``, and a function from a cotangent of the features to that of the latents.
 
-    A call of the function frees the encoder's activations, unless it retains the graph. Without ``keep`` they are not
-    kept at all, and it cannot be called. Compilers can trace ``torch.func.vjp`` but not ``torch.autograd.grad``. Only
-    the latter can recompute activations (``checkpoint=True``), so each has its case.
+    A call of the function frees the encoder's activations, unless ``retain_graph`` is set. Without ``keep`` they are
+    not kept at all, and it cannot be called. Compilers can trace ``torch.func.vjp`` but not ``torch.autograd.grad``.
+    Only the latter can recompute activations (``checkpoint=True``), so each has its case.
     """
     if torch.compiler.is_compiling():
         features, vjp, *_ = torch.func.vjp(partial(_dependent, encode), latents)
@@ -527,29 +543,29 @@ def _one_row_a_sample(layer: str, features: Tensor, batch: int) -> Tensor:
     return features.reshape(batch, rows // batch, *features.shape[1:])
 
 
-def _prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, name: str) -> Any:
+def _prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, batch: int, name: str) -> Any:
     """Conditioning as the encoder takes it: detached, with floats in ``dtype``, in new containers.
 
     The text follows the model's dtype, and so does what has the latents' dtype or is no wider than the model's. Class
-    labels or rotary tables that the trainer keeps wider stay as they are. Ids, sizes and what is at most four numbers a
-    sample, such as a second time, always do, since bf16 cannot hold a number such as 1021.
+    labels or rotary tables that the trainer keeps wider stay as they are. Ids, sizes and a number for each sample, such
+    as a second time, are never narrowed, since bf16 cannot hold a number such as 1021.
     """
-    if isinstance(value, Mapping):
-        try:
-            new: Any = copy.copy(value)  # of its own class, which may have attributes
-            for key, item in value.items():
-                new[key] = _prepared(item, dtype, trainer_dtype, str(key))
-        except TypeError:  # a mapping that cannot be written to
-            return {key: _prepared(item, dtype, trainer_dtype, str(key)) for key, item in value.items()}
+    again = partial(_prepared, dtype=dtype, trainer_dtype=trainer_dtype, batch=batch)
+    if isinstance(value, dict | UserDict):
+        new = copy.copy(value)  # of its own class, which may have attributes
+        new.update({key: again(item, name=str(key)) for key, item in value.items()})
         return new
+    if isinstance(value, Mapping):
+        return {key: again(item, name=str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [_prepared(item, dtype, trainer_dtype, name) for item in value]
+        items = [again(item, name=name) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
-    exact = value.ndim < 2 or value[0].numel() <= 4 or name.endswith(("ids", "size"))
-    if dtype is not None and value.is_floating_point() and not exact:
-        follows = name == "encoder_hidden_states" or value.dtype == trainer_dtype or value.itemsize <= dtype.itemsize
+    if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
+        number = name.endswith(("size", "coords", "resolution")) or value.shape == (batch,)
+        wide = value.dtype == trainer_dtype and not number
+        follows = name == "encoder_hidden_states" or wide or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value
     return value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
@@ -24,8 +24,11 @@ _BOUND_TO_ORIGINAL = (
     *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
 )
 _OF_FSDP = "__composable_api"  # how the names of FSDP2's attributes begin
-# Of these packages' classes a module with one child, called "module", is a wrapper.
-_WRAPPERS = "torch", "deepspeed", "accelerate", "lightning", "pytorch_lightning", "fairscale", "colossalai"
+# A module of these packages with one child, called "module", is a wrapper.
+_WRAPPERS = (
+    *("torch", "deepspeed", "accelerate", "lightning", "pytorch_lightning", "fairscale", "colossalai", "apex"),
+    *("megatron", "torch_xla", "timm", "mmengine", "composer", "bagua"),
+)
 
 
 def frozen_view(model: M) -> M:
@@ -75,35 +78,39 @@ def twin_of(model: nn.Module, name: str = "unet") -> tuple[nn.Module, list[Link]
     links: list[Link] = []
     memo: dict[int, nn.Module] = {}
     view = _twin("", {"": _unwrapped(model)}, "", name, memo, links)
-    for twin in memo.values():
-        vars(twin).update({key: _redirected(x, memo) for key, x in vars(twin).items() if key not in vars(nn.Module())})
+    _redirect(memo)
     return view, links
 
 
-def _redirected(value: Any, twins: Mapping[int, nn.Module]) -> Any:
-    """An attribute in which each module of the model is replaced by its twin; the same object where there is none.
+def _redirect(twins: Mapping[int, nn.Module]) -> None:
+    """Let attributes of the twins that lead to the model's modules lead to their twins instead.
 
-    A list of layers, a method of the model kept as an attribute, or a partial of one would else lead out of the view.
+    These are lists and dictionaries of layers, and methods and partials of them that are kept. They would otherwise
+    lead out of the view.
     """
-    again = partial(_redirected, twins=twins)
+    own, memo = vars(nn.Module()).keys(), dict[int, Any](twins)  # a copy of what is known already is that
+    for twin in dict.fromkeys(twins.values()):
+        memo |= {id(tensor): tensor for tensor in (*twin._parameters.values(), *twin._buffers.values())}
+    for twin in dict.fromkeys(twins.values()):
+        for key, value in vars(twin).items():
+            if key not in own and _leads_to(value, twins, set()):
+                vars(twin)[key] = copy.deepcopy(value, memo)
+
+
+def _leads_to(value: Any, modules: Mapping[int, nn.Module], seen: set[int]) -> bool:
+    """Whether an attribute, which may contain itself, holds one of the modules somewhere."""
     if isinstance(value, nn.Module):
-        return twins.get(id(value), value)
+        return id(value) in modules
     if isinstance(value, MethodType):
-        owner = again(value.__self__)
-        return value if owner is value.__self__ else MethodType(value.__func__, owner)
-    if isinstance(value, partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
-        function, *rest = map(again, parts)
-        args, keywords = rest[: len(value.args)], dict(zip(value.keywords, rest[len(value.args) :], strict=True))
-        same = all(map(operator.is_, parts, (function, *rest)))
-        return value if same else partial(function, *args, **keywords)
-    if type(value) in (list, tuple):
-        items = [again(item) for item in value]
-        return value if all(map(operator.is_, items, value)) else type(value)(items)
-    if type(value) is dict:
-        found = {key: again(item) for key, item in value.items()}
-        return value if all(found[key] is value[key] for key in value) else found
-    return value
+        inside: Iterable[Any] = (value.__self__,)
+    elif isinstance(value, partial):
+        inside = (value.func, *value.args, *value.keywords.values())
+    else:
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_leads_to(item, modules, seen) for item in inside if not isinstance(item, int | float | str))
 
 
 def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -169,7 +176,7 @@ def _twin(
     mro = type(module).__mro__
     of_fsdp = mro[1].__name__ == "FSDPModule"  # FSDP2 makes a class of its own of FSDPModule and the module's class
     twin: nn.Module = object.__new__(mro[2] if of_fsdp else mro[0])
-    memo[id(module)] = twin
+    memo |= {id(layer): twin for layer in layers}
     links.append(Link(path, modules, key, twin, layers, module, vars(module).get("processor")))
     kept = [key for key in vars(module) if key not in _BOUND_TO_ORIGINAL and not key.startswith(_OF_FSDP)]
     state = {key: vars(module)[key] for key in kept}

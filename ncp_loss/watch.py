@@ -17,9 +17,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .checks import bad
 
-# Under these names PEFT's tuners, PEFT's modules to save, and torch.compile keep the layer that they wrap. Other
-# libraries' modules may have children of such names, which are no wrapped layers.
-_WRAPPED = {"base_layer": "peft", "original_module": "peft", "_orig_mod": "torch"}
+# Under these names PEFT's tuners, PEFT's modules to save, torch.compile and torch's CheckpointWrapper keep the layer
+# that they wrap. Other libraries' modules may have children of such names, which are no wrapped layers.
+_WRAPPED = {
+    "base_layer": "peft",
+    "original_module": "peft",
+    "_orig_mod": "torch",
+    "_checkpoint_wrapped_module": "torch",
+}
 # PEFT's initialisations that write to the adapter only, and not to the base weights.
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # diffusers' hooks that convert or move weights.
@@ -73,6 +78,7 @@ class Watch:
     ) -> None:
         twins = {id(module) for module in used.values()}
         self.name, self.stirred = name, False
+        self.followed = False  # whether the view has taken over a new processor; the encoder resets it
         self._links = [link for link in links if id(link.twin) in twins]
         self._parents = {id(link.modules) for link in self._links}
         self._merges: list[tuple[str, list[Any]]] = []
@@ -98,13 +104,12 @@ class Watch:
             forward, processor = (vars(layers[-1]).get(key) if layers else None for key in ("forward", "processor"))
             if processor is not link.processor and vars(link.twin).get("processor") is link.processor:
                 vars(link.twin)["processor"] = processor  # unless the view was given one of its own
+                self.followed = True
             if layers != link.layers or forward != link.forward or processor is not link.processor:
                 self._expect(link, layers)
                 self._links[i] = link._replace(layers=layers, forward=forward, processor=processor)
-            if layers and layers[-1] is not link.base:
-                raise self._moved(link.path, "was replaced by another layer")
-            if layers and self.stirred and (new := layers[-1]._modules.keys() - link.twin._modules.keys()):
-                raise self._moved(link.path, f"got new layers, {sorted(new)}")
+            if id(link.twin) in self._of_module:  # a layer with copied weights may do as it likes
+                self._check_there(link, layers[-1] if layers else None)
         if self.stirred:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
             for weight in self._weights():
                 weight.forget()
@@ -114,6 +119,17 @@ class Watch:
         if looked:
             self._check_layers()
         self.stirred = False
+
+    def _check_there(self, link: Link, now: nn.Module | None) -> None:
+        """Raise if a layer is gone, or another one than when the view was made, or has new layers inside."""
+        if now is None:
+            raise self._moved(link.path, "was removed")
+        if now is not link.base and not (now._parameters and _same_objects(now._parameters, link.base._parameters)):
+            raise self._moved(link.path, "was replaced by another layer")
+        # Which layers diffusers' forward passes use depends on which there are, such as an IP-Adapter's.
+        new = now._modules.keys() - link.twin._modules.keys() if self.stirred else ()
+        if new and type(now).__module__.startswith("diffusers."):
+            raise self._moved(link.path, f"got new layers, {sorted(new)}")
 
     def note(self, parent: nn.Module) -> None:
         """Note that a layer of ``parent`` has been replaced."""
@@ -329,6 +345,10 @@ def _state(tensor: Tensor, rewritten: bool) -> tuple[int, int]:
     """The version, which counts writes, and the address. Both are on the host, and cost nothing to read."""
     version = 0 if rewritten or tensor.is_inference() else tensor._version
     return version, tensor.data_ptr() if _has_values(tensor) else 0
+
+
+def _same_objects(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    return ours.keys() == theirs.keys() and all(ours[key] is theirs[key] for key in ours)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
 import copy
 import functools
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from test_conditioning import Sharpened, load_ip_adapters, t2i
 from test_own_models import assert_is_the_definition, inputs
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from users import AT, block_output
 
 import ncp_loss
@@ -87,7 +89,16 @@ def in_halves(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return torch.cat([model(half, t) for half in x.chunk(2)])
 
 
+class OnTheLast(Net):
+    """Every sample depends on the last one, which depends on none."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c((h + h[-1:]).sin())
+
+
 MIXED = {
+    "all on the last": (OnTheLast, (4, 4, 8, 8), None),
     "views of a scene": (Views, (4, 4, 8, 8), None),
     "frames first": (FramesFirst, (4, 4, 3, 8, 8), None),
     "as many tokens as samples, tokens first": (TokensFirst, (4, 4, 2, 2), None),
@@ -121,9 +132,14 @@ def test_processors_of_ones_own_that_mix_the_rows_of_a_diffusers_model_are_refus
     NCP(unet).errors(**given).error.sum().backward()
     unet.set_attn_processor(Sharpened(5.0))
     NCP(unet).errors(**given).error.sum().backward()
-    unet.set_attn_processor(CrossFrame(5.0))
-    with pytest.raises(ValueError, match=r"^layer must be a module whose output for each sample depends on"):
-        NCP(unet).errors(**given)
+    ncp = NCP(unet)
+    ncp.errors(**given)
+    mixing = CrossFrame(5.0)
+    for processor in (mixing, lambda *args, **kwargs: mixing(*args, **kwargs)):  # a function is one too
+        unet.set_attn_processor(processor)
+        for of in (NCP(unet), ncp):
+            with pytest.raises(ValueError, match=r"^layer must be a module whose output for each sample depends on"):
+                of.errors(**given)
 
 
 def test_a_sample_alone_is_not_looked_at_and_the_next_batch_is() -> None:
@@ -138,8 +154,13 @@ def test_an_invalid_number_in_one_sample_is_no_dependence_on_it() -> None:
     ncp = NCP(made(Net), "c")
     pred, noise, x = torch.randn(3, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pred[1] = torch.nan
-    error = ncp.errors(pred.requires_grad_(), noise, x, torch.tensor([300, 300, 300])).error
+    error = ncp.errors(pred.clone().requires_grad_(), noise, x, torch.tensor([300, 300, 300])).error
     assert error.isfinite().tolist() == [True, False, True]
+    pred[1], pred[2] = 0, torch.nan
+    mixed, t = NCP(made(OnTheLast), "c"), torch.tensor([300] * 3)
+    mixed.errors(pred.clone().requires_grad_(), noise, x, t)
+    with pytest.raises(ValueError, match=r"^layer must be"):  # that batch showed nothing
+        mixed.errors(noise.clone().requires_grad_(), x, x, t)
 
 
 # Conditioning that a model uses up.
@@ -203,6 +224,47 @@ def test_containers_of_conditioning_keep_their_class_and_the_users_are_not_writt
     found = NCP(model, "c").features(x, t, cond=cond)["c"]
     assert torch.equal(found, model(x, t, cond))
     assert (cond[0] if isinstance(cond, tuple) else cond["scale"]) is scale
+
+
+class Stored(collections.abc.MutableMapping):
+    """Keeps its values where a copy of it would share them."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values_ = values
+
+    __getitem__ = lambda self, key: self.values_[key]  # noqa: E731
+    __setitem__ = lambda self, key, value: self.values_.__setitem__(key, value)  # noqa: E731
+    __delitem__ = lambda self, key: self.values_.__delitem__(key)  # noqa: E731
+    __iter__ = lambda self: iter(self.values_)  # noqa: E731
+    __len__ = lambda self: len(self.values_)  # noqa: E731
+
+
+def test_a_mapping_of_ones_own_is_not_written_to() -> None:
+    scale = torch.ones(4, 8, requires_grad=True)
+    cond = Stored(scale=scale, shift=scale, none=torch.empty(0, 5))
+    NCP(made(Film).bfloat16(), "c").features(inputs(4, 8)[2].float(), torch.tensor([300] * 4), cond=cond)
+    assert cond["scale"] is scale
+    assert cond["shift"] is scale
+
+
+class Camera(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.camera = nn.Linear(3, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, camera: Any = None, mean: Any = None) -> Tensor:
+        return self.c((self.a(x - mean[:, None, None]) + self.camera(camera)[..., None, None]).sin())
+
+
+@pytest.mark.parametrize(("of_model", "of_trainer"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_short_vectors_follow_the_models_dtype_as_long_ones_do(of_model: str, of_trainer: str) -> None:
+    model, dtype = made(Camera).to(getattr(torch, of_model)), getattr(torch, of_trainer)
+    x, t = inputs(3, 8)[2][:3].to(dtype), torch.tensor([300] * 3)
+    x = torch.cat([x, x[:, :1]], 1)
+    camera, mean = torch.ones(3, 3, dtype=dtype), torch.zeros(4, dtype=dtype)
+    cast = (value.to(getattr(torch, of_model)) for value in (camera, mean))
+    wanted = model(x.to(getattr(torch, of_model)), t, *cast)
+    assert torch.equal(NCP(model, "c").features(x, t, camera=camera, mean=mean)["c"], wanted)
 
 
 class Sized(Net):
@@ -277,6 +339,34 @@ def test_autocast_around_the_loss_is_no_dtype_of_the_model_itself() -> None:
     assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
 
 
+def test_a_model_that_is_converted_later_is_looked_at_again() -> None:
+    model = made(Net).bfloat16()
+    ncp = NCP(model, "c")
+    x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
+    ncp.features(x, t)
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.bfloat16
+    model.float()
+    ncp.features(x, t)
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
+
+
+def test_attention_in_a_kernel_of_ones_own_shows_its_dtype_too() -> None:
+    @torch.library.custom_op("ncp_loss_tests::_flash_attn_forward", mutates_args=())
+    def attention(x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    attention.register_autograd(lambda ctx, grad: grad)
+
+    class Kernel(Net):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.c(attention(self.a(x).bfloat16()).float())
+
+    ncp = NCP(made(Kernel).float(), "c")
+    x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
+    ncp.features(x, t)
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.bfloat16
+
+
 class TimeInFloat32(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -304,9 +394,10 @@ def test_a_model_without_parameters_is_evaluated() -> None:
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
             return self.c(nn.functional.conv2d(x, self.w).sin())
 
-    model = made(Buffers)
-    x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
-    assert torch.equal(NCP(model.float(), "c").features(x, t)["c"], model(x, t))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = made(Buffers).to(dtype)
+        x, t = inputs(4, 8)[2].to(dtype), torch.tensor([300] * 4)
+        assert torch.equal(NCP(model, "c").features(x, t)["c"], model(x, t))
 
 
 # What leads back to the user's own modules.
@@ -350,6 +441,25 @@ def test_what_leads_to_a_layer_from_outside_the_tree_of_modules_leads_to_the_vie
     assert all(vars(model)[name] is value for name, value in kept.items())
     adapted = get_peft_model(made(Stages, way), LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
     assert torch.equal(NCP(adapted, "c").features(x, t)["c"], wanted)
+
+
+def test_an_attribute_may_contain_itself_and_one_of_wrapped_layers_leads_to_the_layers_inside() -> None:
+    model = made(Stages, "list")
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    wanted = model(x, t)
+    root: dict[str, Any] = {"layer": model.a, "numbers": list(range(10_000))}
+    root["child"] = {"parent": root, "list": []}
+    root["child"]["list"].append(root["child"]["list"])
+    model.tree = root
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
+    model.stages = [model.a, model.b]  # with their adapters
+    assert not torch.equal(model(x, t), wanted)
+    view = frozen_view(adapted)
+    assert torch.equal(view(x, t), wanted)
+    assert view.tree["layer"] is view.a
+    assert view.tree["child"]["parent"] is view.tree
+    assert model.tree is root
+    assert root["layer"] is not view.a
 
 
 # Names of others' wrappers.
@@ -444,6 +554,67 @@ def test_an_ip_adapter_and_a_layer_put_in_anothers_place_are_told(called: bool, 
         for _ in range(2):
             with pytest.raises(RuntimeError, match=message):
                 use(made)
+
+
+def test_layers_that_are_gone_are_told() -> None:
+    unet = small()
+    args = [batch(unet)[name] for name in AT]
+    ncp = NCP(unet)
+    ncp.features(*args)
+    unet.down_blocks[0].resnets[0].nonlinearity = None
+    with pytest.raises(RuntimeError, match=r"down_blocks\.0\.resnets\.0\.nonlinearity was removed"):
+        ncp.features(*args)
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Sequential(conv(8, 8), nn.BatchNorm2d(8))
+
+
+HARMLESS: dict[str, Callable[[nn.Module], Any]] = {
+    "a loss on the model itself": lambda model: setattr(model, "criterion", NCP(model, "c")),
+    "a reference on the model itself": lambda model: setattr(model, "reference", frozen_view(model)),
+    "recomputed blocks": lambda model: apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, nn.Sequential)
+    ),
+    "synchronised norms": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "a compiled layer": lambda model: setattr(model, "b", torch.compile(model.b)),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_what_wraps_a_layer_or_only_stands_on_the_model_is_no_alarm(change: Callable[[nn.Module], Any]) -> None:
+    model = made(Normed).eval()
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    wanted = model(x, t)
+    ncp, view = NCP(model, "c"), frozen_view(model)
+    for changes in (True, False, False):
+        assert torch.equal(ncp.features(x, t)["c"], wanted)
+        assert torch.equal(view(x, t), wanted)
+        if changes:
+            change(model)
+
+
+def test_a_layer_whose_weights_were_copied_may_be_replaced() -> None:
+    model = made(Net).requires_grad_(True)
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    ncp, wanted = NCP(model, "c"), model(x, t)
+    ncp.features(x, t)
+    model.a = conv(4, 8).double()
+    assert torch.equal(ncp.features(x, t)["c"], wanted)
+
+
+@pytest.mark.slow
+def test_an_eager_call_compiles_nothing_anew_of_a_model_of_ones_own() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    ncp = NCP(made(Net).float(), "c")
+    compiled = torch.compile(ncp, backend=counter)
+    pred, target, x, t = (value.float() if value.is_floating_point() else value for value in inputs(4, 8))
+    for eager in (False, False, True, False):
+        (ncp if eager else compiled)(pred, target, x, t)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("called", [False, True])
