@@ -286,6 +286,7 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
 def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
     """The difference of each arm to its nearest rival: mean over seeds, 95% interval, and where arms count as level."""
     titles = {"mean reward": "speed: mean reward over training", "undamaged reward": "best undamaged reward"}
+    rows = [row for row in rows if row["seeds"] > 1]
     run = [row["arm"] for row in rows]
     found = [(row, rivals(row["arm"])[0]) for row in rows]
     found = [(row, other) for row, other in found if other in run[: run.index(row["arm"])]]  # a pair once
@@ -295,9 +296,9 @@ def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
         axis.axvspan(-LEVEL, LEVEL, color=report.GREY, alpha=0.15, lw=0)
         axis.axvline(0, color=report.GREY, lw=1)
         for place, (row, other) in enumerate(found):
-            mean, half = row[f"{name} over {other}"], row[f"{name} over {other} ±"] or 0.0
+            mean, half = row[f"{name} over {other}"], row[f"{name} over {other} ±"]
             axis.errorbar(mean, place, xerr=half, fmt="o", ms=4, color=VERDICTS[verdict(mean, half)], elinewidth=1.5)
-        axis.set(ylim=(len(found) - 0.5, -0.5), xlabel=title)
+        axis.set(ylim=(max(len(found), 1) - 0.5, -0.5), xlabel=title)
         axis.set_yticks(places, [f"{row['arm']} minus {other}" for row, other in found], fontsize=8)
     for axis in axes[1:]:
         axis.tick_params(labelleft=False)

@@ -656,3 +656,16 @@ def test_whole_numbers_that_change_are_told_however_little(make: Any, use: Any) 
     unet.table[3] += 1
     with pytest.raises(RuntimeError, match=r"table was changed"):
         use(made, arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "use", "again"), [(NCP, use_loss, "Build the loss"), (frozen_view, use_view, "Call frozen_view")]
+)
+def test_the_message_says_what_to_make_again(make: Any, use: Any, again: str) -> None:
+    unet = small()
+    arguments = batch(unet)
+    made = make(unet)
+    use(made, arguments)
+    stepped(unet)
+    with pytest.raises(RuntimeError, match=rf"\. {again} again; where weights are trainable"):
+        use(made, arguments)
