@@ -28,15 +28,15 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "checks": "test_schedule test_wording",
     "difference": "test_difference",
-    "encoder": "test_encoder test_wording test_conditioning test_transformers",
+    "encoder": "test_own_code test_encoder test_wording test_conditioning test_transformers test_one_call_a_point",
     "error": "test_difference",
     "fused": "test_kernels test_choice_of_kernels",
-    "loss": "test_oracle test_wording test_encoder test_kernels",
+    "loss": "test_oracle test_wording test_encoder test_kernels test_one_call_a_point test_margins test_watch",
     "objectives": "test_objectives test_wording",
     "preference": "test_wording test_objectives",
     "schedule": "test_schedule test_wording",
-    "view": "test_wrappers test_untouched test_watch",
-    "watch": "test_watch",
+    "view": "test_own_code test_wrappers test_untouched test_watch test_conditioning test_adapters",
+    "watch": "test_own_code test_watch test_adapters test_untouched",
     "winners": "test_winners",
 }
 # Annotations are never run, and integers' operators on floating-point tensors fail whatever is tested.
