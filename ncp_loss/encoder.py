@@ -141,8 +141,8 @@ class FrozenEncoder:
     """
 
     _seen: torch.dtype | None = None  # the dtype of the features that were returned last
-    # In a model of unknown code: the dtype of its weights, and the coarsest of a product inside it.
-    _inner: tuple[torch.dtype, torch.dtype] | None = None
+    _inner: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code,
+    _inner_of: torch.dtype | None = None  # when its weights had this dtype
     _reached = False  # whether a pass without gradients has shown that the features depend on the latents
     _apart = False  # whether a backward pass has shown that a sample's features depend on this sample alone
 
@@ -182,8 +182,8 @@ class FrozenEncoder:
         """
         amp = _autocast_dtype(latents.device)
         dtype = None if amp else self._dtype_of_latents(trainer_dtype)  # autocast casts what it needs itself
-        looks = not torch.compiler.is_compiling() and not (amp or self._known or (self._inner or " ")[0] == self.dtype)
-        products = _Products()
+        seen_inside = torch.compiler.is_compiling() or amp or self._known or self._inner_of == self.dtype
+        products = None if seen_inside else _Products()
         conditioning = {k: _prepared(v, dtype, trainer_dtype, len(latents), k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
@@ -192,7 +192,7 @@ class FrozenEncoder:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
         self._pass.kept = kept
         try:
-            with contextlib.suppress(LastLayerReached), products if looks else contextlib.nullcontext():
+            with contextlib.suppress(LastLayerReached), products or contextlib.nullcontext():
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
         finally:
             self._pass.kept = None
@@ -207,9 +207,9 @@ class FrozenEncoder:
         if not torch.compiler.is_compiling():
             # With several dtypes the coarsest counts, since its rounding is the largest.
             seen = {f.dtype for f in features.values()}
-            if looks:
-                self._inner = self.dtype, _coarsest(products.dtypes | seen)
-            self._seen = _coarsest(seen | set(self._inner[1:] if self._inner else ()))
+            if products:
+                self._inner, self._inner_of = _coarsest(products.dtypes | seen), self.dtype
+            self._seen = _coarsest(seen | {self._inner or next(iter(seen))})
         return features
 
     def reached(self, encode: Encode, latents: Tensor) -> Features:
