@@ -65,11 +65,11 @@ def _other(name: str, **options: Any) -> Arm:
 
 
 SETTINGS = [
+    *_both("DPO, beta per pair", objective="relative"),
     _other("shuffled encoder", encoder="shuffled"),
     _other("early encoder", encoder="early", beds=("emoji",)),
     _other("weighting noise", weighting="noise"),
     *(_other(layer, layer=layer, beds=("emoji",)) for layer in ("down_blocks.0", "mid_block")),
-    *_both("DPO, beta per pair", objective="relative"),
     *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (100, "clean", 10, 250, "uniform")),
     _other("up_blocks.0", layer="up_blocks.0", beds=("emoji",)),
     _other("normalize", normalize=True),
