@@ -146,7 +146,7 @@ class Study:
     def strip(self, name: str) -> Path:
         folder = self.args.out / f"{self.name}-samples"
         folder.mkdir(exist_ok=True)
-        return folder / f"{name}.png"
+        return folder / f"{name.replace('²', '2')}.png"
 
     def sheet(self, path: Path) -> None:
         """The same requests and noise in every row."""
