@@ -182,8 +182,11 @@ def main_rows(testbed: str) -> list[str]:
     rows += [
         f"| {ncp} over {other} | | {differences(found[ncp], other, MEASURED)} |" for other in others if other in found
     ]
-    if main[3] in found:
-        rows.append(f"| random encoder over {ncp} | | {differences(found[main[3]], ncp, MEASURED)} |")
+    if main[2] in found:
+        rows.append(f"| {main[2]}, over {main[0]} | | {differences(found[main[2]], main[0], MEASURED)} |")
+    for label, name in (("random encoder", main[3]), ("latent DPO, beta per pair,", "latent DPO, beta per pair")):
+        if name in found:
+            rows.append(f"| {label} over {ncp} | | {differences(found[name], ncp, MEASURED)} |")
     return rows
 
 
