@@ -108,6 +108,7 @@ def rivals(name: str) -> list[str]:
     if arm.data == "pairs":
         twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
+        names += [a.name for a in ARMS if a.name == name.replace("NCP", "latent")]  # the same with latent errors
     elif arm in ON_CAPTIONS:
         names = [other.name for other in ON_CAPTIONS[:3]]
     else:

@@ -300,6 +300,7 @@ def test_an_arm_is_compared_with_arms_on_the_same_data_with_its_nearest_first():
     assert rivals("NCP-DPO")[0] == "latent DPO"
     assert rivals("NCP-DPO, random encoder")[0] == "NCP-DPO"
     assert rivals("NCP-CPO")[0] == "latent CPO"
+    assert rivals("NCP DPO, beta per pair")[-1] == "latent DPO, beta per pair"
     assert rivals("NCP-DPO, mid_block")[0] == "NCP-DPO"
     assert rivals("latent DPO, kappa 8")[0] == "latent DPO"
     assert rivals("NCP-DPO, caption pairs")[0] == "latent DPO, caption pairs"
