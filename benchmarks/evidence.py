@@ -196,7 +196,9 @@ def score(record: Record) -> tuple[float, float]:
         return points[0]["reward"], points[0]["reward"]
     least = points[0]["match"] - DAMAGED
     kept = [point["reward"] for point in points if point["match"] >= least]
-    kept += [crossing for crossing in [where_it_falls(points, "match", least)] if crossing is not None]
+    crossing = where_it_falls(points, "match", least)
+    if crossing is not None:
+        kept.append(crossing)
     return max(kept), statistics.mean(point["reward"] for point in points[1:])
 
 
@@ -252,6 +254,13 @@ def at_kept_diversity(record: Record) -> float:
     return float(points[-1]["reward"] if record["finite"] else points[0]["reward"]) if found is None else found
 
 
+def against_nearest(rows: list[Record]) -> list[tuple[Record, str]]:
+    """Each row with the name of its arm's nearest rival, where that one is in a row before. So a pair comes once."""
+    run = [row["arm"] for row in rows]
+    found = [(row, rivals(row["arm"])[0]) for row in rows]
+    return [(row, other) for row, other in found if other in run[: run.index(row["arm"])]]
+
+
 def verdict(mean: float, half: float) -> str:
     """What the protocol calls a difference with a 95% interval of ``mean ± half``."""
     if abs(mean) > half and abs(mean) >= LEAST:
@@ -286,10 +295,7 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
 def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
     """The difference of each arm to its nearest rival: mean over seeds, 95% interval, and where arms count as level."""
     titles = {"mean reward": "speed: mean reward over training", "undamaged reward": "best undamaged reward"}
-    rows = [row for row in rows if row["seeds"] > 1]
-    run = [row["arm"] for row in rows]
-    found = [(row, rivals(row["arm"])[0]) for row in rows]
-    found = [(row, other) for row, other in found if other in run[: run.index(row["arm"])]]  # a pair once
+    found = against_nearest([row for row in rows if row["seeds"] > 1])
     figure, axes = report.new_figure(columns=len(titles), width=9.5, height=1.0 + 0.27 * len(found))
     places = range(len(found))
     for (name, title), axis in zip(titles.items(), axes, strict=True):
@@ -299,6 +305,7 @@ def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
             mean, half = row[f"{name} over {other}"], row[f"{name} over {other} ±"]
             axis.errorbar(mean, place, xerr=half, fmt="o", ms=4, color=VERDICTS[verdict(mean, half)], elinewidth=1.5)
         axis.set(ylim=(max(len(found), 1) - 0.5, -0.5), xlabel=title)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_yticks(places, [f"{row['arm']} minus {other}" for row, other in found], fontsize=8)
     for axis in axes[1:]:
         axis.tick_params(labelleft=False)

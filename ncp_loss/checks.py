@@ -124,7 +124,7 @@ def check_latents(
     """
     shape = check_floating(name, latents).shape
     if channels is not None and (len(shape) != 4 or shape[1] != channels):
-        must_be = f"shaped (B, {channels}, H, W), as the model takes them, or `call` given, which makes such"
+        must_be = f"shaped (B, {channels}, H, W), as the model takes them (or pass `call`, which makes such of others)"
         raise bad(name, must_be, _shape(latents))
     if len(shape) < 2 or shape[0] == 0:
         raise bad(name, "a batch of one row or more", _shape(latents))

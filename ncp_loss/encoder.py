@@ -208,8 +208,8 @@ class FrozenEncoder:
             # With several dtypes the coarsest counts, since its rounding is the largest.
             seen = {f.dtype for f in features.values()}
             if products:
-                self._inner, self._inner_of = _coarsest(products.dtypes | seen), self.dtype
-            self._seen = _coarsest(seen | {self._inner or next(iter(seen))})
+                self._inner, self._inner_of = _coarsest({*products.dtypes, *seen}), self.dtype
+            self._seen = _coarsest({*seen, self._inner})
         return features
 
     def reached(self, encode: Encode, latents: Tensor) -> Features:
@@ -447,8 +447,8 @@ class _Products(TorchDispatchMode):
         return out
 
 
-def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+def _coarsest(dtypes: set[torch.dtype | None]) -> torch.dtype:
+    return max((dtype for dtype in dtypes if dtype), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compute import COMPUTES
-from benchmarks.evidence import FRESH, verdict
-from benchmarks.evidence_arms import MAIN, rivals
+from benchmarks.evidence import FRESH, against_nearest, verdict
+from benchmarks.evidence_arms import MAIN
 from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
@@ -184,6 +184,8 @@ def main_rows(testbed: str) -> list[str]:
     ]
     if main[2] in found:
         rows.append(f"| {main[2]}, over {main[0]} | | {differences(found[main[2]], main[0], MEASURED)} |")
+        if main[3] in found:
+            rows.append(f"| random encoder over {main[2]} | | {differences(found[main[3]], main[2], MEASURED)} |")
     for label, name in (("random encoder", main[3]), ("latent DPO, beta per pair,", "latent DPO, beta per pair")):
         if name in found:
             rows.append(f"| {label} over {ncp} | | {differences(found[name], ncp, MEASURED)} |")
@@ -197,13 +199,10 @@ def main_rows(testbed: str) -> list[str]:
 
 def setting_rows(testbed: str) -> list[str]:
     """All other arms, each against the one that it is most like."""
-    main, seen, rows = [arm.name for arm in MAIN], list[str](), []
-    for of in [of for of in result(f"evidence-{testbed}")["summary"] if of["seeds"] == len(FRESH)]:
-        nearest = rivals(of["arm"])[0]
-        if of["arm"] not in main and nearest in seen:
-            rows.append(f"| {of['arm']} | {nearest} | {differences(of, nearest, SETTLED)} |")
-        seen.append(of["arm"])
-    return rows
+    whole = [of for of in result(f"evidence-{testbed}")["summary"] if of["seeds"] == len(FRESH)]
+    main = [arm.name for arm in MAIN]
+    found = [(of, nearest) for of, nearest in against_nearest(whole) if of["arm"] not in main]
+    return [f"| {of['arm']} | {nearest} | {differences(of, nearest, SETTLED)} |" for of, nearest in found]
 
 
 @pytest.mark.parametrize("testbed", ["digits", "emoji"])
