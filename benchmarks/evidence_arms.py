@@ -73,16 +73,20 @@ SETTINGS = [
     *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (100, "clean", 10, 250, "uniform")),
     _other("up_blocks.0", layer="up_blocks.0", beds=("emoji",)),
     _other("normalize", normalize=True),
-    *(arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)),
 ]
+TUNED_PER_PAIR = [
+    Arm("latent DPO, tuned beta per pair", errors="latent", objective="relative", beds=("emoji",)),
+    Arm("NCP-DPO, tuned beta per pair", objective="relative", beds=("emoji",)),
+]
+KAPPAS = [arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)]
 OBJECTIVES = [
-    *_both("DPO, anchor", anchor=0.5, beds=("emoji",)),
-    *_both("Linear-DPO", objective="linear", decay=0.99, beds=("emoji",)),
-    *_both("DPO, safeguard", objective="safeguard", beds=("emoji",)),
     Arm("latent CPO", errors="latent", objective="cpo", anchor=PAPERS_ANCHOR),
     Arm("NCP-CPO", objective="cpo", anchor=PAPERS_ANCHOR),
     Arm("latent SFT", errors="latent", objective="sft"),
     Arm("NCP-SFT", objective="sft"),
+    *_both("DPO, anchor", anchor=0.5, beds=("emoji",)),
+    *_both("Linear-DPO", objective="linear", decay=0.99, beds=("emoji",)),
+    *_both("DPO, safeguard", objective="safeguard", beds=("emoji",)),
 ]
 ON_CAPTIONS = [
     Arm(f"{arm.name}, caption pairs", inherits=arm.name, **{key: getattr(arm, key) for key in ("errors", "encoder")})
@@ -94,7 +98,7 @@ BY_DATA = [
     for data in ("all", "winners", "all, flipped", "winners, flipped")
     for arm in _both(f"DPO, {data}", data=data, beds=("digits",))
 ]
-ARMS = [*MAIN, *SETTINGS, *ON_CAPTIONS, *OBJECTIVES, *BY_DATA]
+ARMS = [*MAIN, *SETTINGS, *TUNED_PER_PAIR, *ON_CAPTIONS, *BY_DATA, *OBJECTIVES, *KAPPAS]
 
 
 def same_training(one: Arm, other: Arm) -> bool:
