@@ -22,8 +22,9 @@ from .checks import (
     expand_timesteps,
 )
 from .difference import DIFFERENCES, choose, stencil
-from .encoder import FrozenEncoder, Layers, linearized
+from .encoder import FrozenEncoder, linearized
 from .error import Errors, attach, check_reverse_mode, feature_errors
+from .layers import Layers
 from .objectives import REDUCTIONS, reduce_batch
 from .schedule import NoiseSchedule, Step, check_noisy, check_step, draw_noise
 from .tensors import at_least_float32, chunks_of, joined, per_sample

@@ -8,12 +8,12 @@ from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .base import Link, check_base, is_sharded, layers_inside, unwrapped
 from .checks import bad
-from .watch import Link, Watch, check_base, is_sharded, layers_inside, written_by
+from .watch import Watch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,11 +24,6 @@ _BOUND_TO_ORIGINAL = (
     *("_original_forward", "_old_forward", "_hf_hook", "_compiled_call_impl"),
 )
 _OF_FSDP = "__composable_api"  # how the names of FSDP2's attributes begin
-# A module of these packages with one child, called "module", is a wrapper.
-_WRAPPERS = (
-    *("torch", "deepspeed", "accelerate", "lightning", "pytorch_lightning", "fairscale", "colossalai", "apex"),
-    *("megatron", "torch_xla", "timm", "mmengine", "composer", "bagua"),
-)
 
 
 def frozen_view(model: M) -> M:
@@ -77,7 +72,7 @@ def twin_of(model: nn.Module, name: str = "unet") -> tuple[nn.Module, list[Link]
     """
     links: list[Link] = []
     memo: dict[int, nn.Module] = {}
-    view = _twin("", {"": _unwrapped(model)}, "", name, memo, links)
+    view = _twin("", {"": unwrapped(model)}, "", name, memo, links)
     _redirect(memo)
     return view, links
 
@@ -136,20 +131,6 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
             owned[name] = module
     return owned
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel, DeepSpeed's engine, torch.compile or PeftModel, in any nesting."""
-    while not isinstance(model, torch.jit.ScriptModule):  # layers_inside refuses it
-        if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        elif list(model._modules) == ["module"] and written_by(model, *_WRAPPERS):
-            model = model._modules["module"]  # type: ignore[assignment]
-        elif "base_model" in model._modules and written_by(model, "peft"):  # the tuner, which holds the model
-            model = model._modules["base_model"].model  # type: ignore[assignment, union-attr]
-        else:
-            break
-    return model
 
 
 def _twin(

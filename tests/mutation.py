@@ -26,11 +26,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The quick tests of each file, those first that find most in the shortest time.
 TESTS = {
+    "base": "test_own_code test_adapters test_wrappers test_watch test_untouched",
     "checks": "test_schedule test_wording",
+    "conditioning": "test_conditioning test_wording test_own_code test_encoder",
     "difference": "test_difference",
     "encoder": "test_own_code test_encoder test_wording test_conditioning test_transformers test_one_call_a_point",
     "error": "test_difference",
     "fused": "test_kernels test_choice_of_kernels",
+    "layers": "test_own_code test_encoder test_wording test_transformers test_one_call_a_point test_conditioning",
     "loss": "test_oracle test_wording test_encoder test_kernels test_one_call_a_point test_margins test_watch",
     "objectives": "test_objectives test_wording",
     "preference": "test_wording test_objectives",
