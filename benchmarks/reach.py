@@ -102,7 +102,7 @@ def rows_of(found: dict[Key, list[Sample]], margins: dict[Key, list[float]]) -> 
             "network": network,
             "compute": name,
             "reach": estimator.reach,
-            "derivative at": "a point" if estimator.graph_at_point else "definition's end",
+            "derivative at": "a point" if estimator.gradient_at_first else "definition's end",
             "samples": len(samples),
             "ratio t<=5": statistics.median(s.ratio for s in early),
             "ratio t>=20": statistics.median(s.ratio for s in late),

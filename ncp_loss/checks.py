@@ -38,9 +38,9 @@ def check_number(
     return float(value)
 
 
-def check_generator(name: str, value: object) -> None:
+def check_generator(value: object) -> None:
     if not isinstance(value, torch.Generator | None):
-        raise bad(name, "a torch.Generator or None", _of(value), TypeError)
+        raise bad("generator", "a torch.Generator or None", _of(value), TypeError)
 
 
 def check_count(name: str, value: object, must_be: str, *others: str | None) -> None:

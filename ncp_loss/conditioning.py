@@ -28,8 +28,8 @@ class Conditioning:
         self._takes_text = "encoder_hidden_states" in self._signature.parameters and by_name
         self._reads_text = any(getattr(module, "has_cross_attention", False) for module in model.modules())
 
-    def checked(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's keyword arguments."""
+    def __call__(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's keyword arguments, checked."""
         texts = {"encoder_hidden_states": text} if text is not None or self._takes_text else {}
         conditioning = {**model_kwargs, **texts}
         if self._by_name:

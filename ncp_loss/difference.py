@@ -25,7 +25,7 @@ class Estimator(NamedTuple):
     kind: str  # "literal", "scaled" or "central"
     reach: float = 0.0  # in multiples of rms(x*)
     reach_alone: float = 0.0  # without a reference: fewer points average less rounding out
-    graph_at_point: bool = True  # whether the gradient is taken at the first point, or else at x* + d
+    gradient_at_first: bool = True  # whether the gradient is taken at the first point, or else at x* + d
 
 
 def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimator:
@@ -41,7 +41,7 @@ def choose(difference: str, dtype: torch.dtype, device: torch.device) -> Estimat
     if difference == "literal":
         return Estimator(difference)
     if dtype == torch.bfloat16:
-        return Estimator(difference, 0.045, 0.06, graph_at_point=difference != "central")
+        return Estimator(difference, 0.045, 0.06, gradient_at_first=difference != "central")
     return Estimator(difference, *((0.02, 0.02) if coarse else (0.0005, 0.0005)))
 
 
@@ -69,7 +69,7 @@ class Stencil(NamedTuple):
     model: Tensor  # (k, B)
     gap: Tensor | None  # (k, B); None without a reference
     target: Tensor  # (k, B)
-    graph: Tensor  # the point at which the gradient is taken, (B, ...): the first one, or x* + d
+    gradient_point: Tensor  # the point at which the gradient is taken, (B, ...): the first one, or x* + d
 
 
 # By the number of points: each point's share in v, the difference along the long direction q, and in u, that along the
@@ -82,7 +82,9 @@ _SHARES = {
 }
 
 
-def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | None, estimator: Estimator) -> Stencil:
+def stencil(
+    target_latents: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | None, estimator: Estimator
+) -> Stencil:
     r"""The points and coefficients for the model's displacement, and for a reference's too if there is one.
 
     The model's displacement is d, the reference's is r, and the gap between them is ``d - r``. One of the three may be
@@ -111,7 +113,7 @@ def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | Non
     Without a reference there is no gap, ``q = 2 d``, and the points are ``M +- a q``.
 
     Args:
-        base: x*, the latents after the step with the true prediction, (B, ...).
+        target_latents: x*, the latents after the step with the true prediction, (B, ...).
         d: ``B (prediction - target)``, (B, ...).
         reference: r, ``B (the reference's prediction - target)``, (B, ...), or None.
         gap: ``B (prediction - the reference's prediction)``, (B, ...), or None. It is an argument of its own because
@@ -121,7 +123,7 @@ def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | Non
     alone = reference is None or gap is None
     r, g = (d, torch.zeros_like(d)) if reference is None or gap is None else (reference, gap)
     shares = _SHARES[2 if alone else 4 if estimator.kind == "central" else 3]
-    reach = (estimator.reach_alone if alone else estimator.reach) * _rms(base)
+    reach = (estimator.reach_alone if alone else estimator.reach) * _rms(target_latents)
     lengths = torch.stack([_rms(x) for x in (g, d, r)])
     # For each sample the row of the table: 0, 1 or 2.
     shortest = torch.where(lengths.amin(0) < lengths[0] / 4, lengths.argmin(0), 0)
@@ -143,15 +145,15 @@ def stencil(base: Tensor, d: Tensor, reference: Tensor | None, gap: Tensor | Non
     latents, of_model, of_gap, of_target = [], [], [], []
     for v_share, u_share in shares:
         along_q, along_p = middle_q + _sign(v_share) * a, middle_p + _sign(u_share) * b
-        latents.append(base + (per_sample(along_q, q) * q + per_sample(along_p, p) * p))
+        latents.append(target_latents + (per_sample(along_q, q) * q + per_sample(along_p, p) * p))
         v, u = q_moves * v_share / a, p_moves * u_share / b
         of_gap.append(pick(u, (u + v) / 2, -(u + v) / 2))
         model = pick((v + u) / 2, u, (u - v) / 2)
         of_model.append(moves * torch.where(reference_moves, model, of_gap[-1]))
         of_target.append(abs(v_share) - middle_q * v_share / a - middle_p * u_share / b)
-    graph = latents[0] if estimator.graph_at_point else base + d
+    gradient_point = latents[0] if estimator.gradient_at_first else target_latents + d
     model, target, gaps = (torch.stack(x) for x in (of_model, of_target, of_gap))
-    return Stencil(latents, model, None if alone else gaps, target, graph)
+    return Stencil(latents, model, None if alone else gaps, target, gradient_point)
 
 
 def _arm(displacement: Tensor, reach: Tensor, least: float) -> Tensor:

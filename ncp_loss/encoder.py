@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .base import Link
 from .checks import bad
 from .conditioning import Conditioning, fresh_containers, prepared
 from .layers import (
@@ -45,11 +44,11 @@ class FrozenEncoder:
     :class:`NoiseConditionedPerceptualLoss`, where ``model`` is called ``unet`` and ``layers`` is called ``layer``.
     """
 
-    _seen: torch.dtype | None = None  # the dtype of the features that were returned last
-    _inner: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code,
-    _inner_of: torch.dtype | None = None  # when its weights had this dtype
+    _feature_dtype: torch.dtype | None = None  # the dtype of the features that were returned last
+    _product_dtype: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code,
+    _product_dtype_of: torch.dtype | None = None  # when its weights had this dtype
     _reached = False  # whether a pass without gradients has shown that the features depend on the latents
-    _apart = False  # whether a backward pass has shown that a sample's features depend on this sample alone
+    _rows_independent = False  # whether a backward pass has shown that a sample's features depend on this sample alone
 
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
@@ -58,7 +57,9 @@ class FrozenEncoder:
         self.view, links = twin_of(model)
         self.weights, ends = wanted_layers(self.view, layers)
         used, later = split_by_order(self.view, ends)
-        self._share_or_own(used, links)
+        # Weights that would change while the model trains are copied. The others are shared, and watched.
+        self._owned, self._shared = own_trainable(used)
+        self._watch = Watch(used, self._shared, links)
         self._pass = tapped(self.view, ends, later)
         see_samples_whole(self.view, ends)
         if checkpoint:
@@ -66,15 +67,8 @@ class FrozenEncoder:
         self._call = call or _by_name
         if call is not None:
             self.view.register_forward_pre_hook(fresh_containers, with_kwargs=True)
-        self._known = self._is_known()
-        self._conditioning = Conditioning(self.view, by_name=call is None)
-
-    def _share_or_own(self, used: Mapping[str, nn.Module], links: list[Link]) -> None:
-        """Copy the weights that would change while the model trains, and watch that the others do not."""
-        self._owned = own_trainable(used)
-        shared = {name: module for name, module in used.items() if name not in self._owned}
-        self._watch = Watch(used, shared, links)
-        self._copied, self._shared = _first_weight(self._owned), _first_weight(shared)
+        self._all_diffusers = self._is_all_diffusers()
+        self.conditioned = Conditioning(self.view, by_name=call is None)
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], trainer_dtype: torch.dtype
@@ -85,12 +79,12 @@ class FrozenEncoder:
         """
         amp = _autocast_dtype(latents.device)
         dtype = None if amp else self._dtype_of_latents(trainer_dtype)  # autocast casts what it needs itself
-        seen_inside = torch.compiler.is_compiling() or amp or self._known or self._inner_of == self.dtype
-        products = None if seen_inside else _Products()
+        seen = self._all_diffusers or self._product_dtype_of == self.dtype
+        products = None if seen or amp or torch.compiler.is_compiling() else _Products()
         conditioning = {k: prepared(v, dtype, trainer_dtype, len(latents), k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
-            self._pass.free.pop()
+            self._pass.token.pop()
         except IndexError:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
         self._pass.kept = kept
@@ -99,7 +93,7 @@ class FrozenEncoder:
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
         finally:
             self._pass.kept = None
-            self._pass.free.append(None)
+            self._pass.token.append(None)
         # The forward may have ended without the exception, by its own end.
         if missing := self.weights.keys() - kept.keys():
             hint = "" if self._call is _by_name else ", and let `call` run the model that it is given"
@@ -109,14 +103,14 @@ class FrozenEncoder:
         features = {layer: one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
             # With several dtypes the coarsest counts, since its rounding is the largest.
-            seen = {f.dtype for f in features.values()}
+            dtypes = {f.dtype for f in features.values()}
             if products:
-                self._inner, self._inner_of = _coarsest({*products.dtypes, *seen}), self.dtype
-            self._seen = _coarsest({*seen, self._inner})
+                self._product_dtype, self._product_dtype_of = _coarsest({*products.dtypes, *dtypes}), self.dtype
+            self._feature_dtype = _coarsest({*dtypes, self._product_dtype})
         return features
 
-    def reached(self, encode: Encode, latents: Tensor) -> Features:
-        """The features, without a graph. The first call refuses a layer that the latents do not reach.
+    def checked_features(self, encode: Encode, latents: Tensor) -> Features:
+        """The features, without a graph. The first call refuses a layer whose output does not depend on the latents.
 
         That call has a graph, which shows it. Nothing is kept for a backward pass.
         """
@@ -134,7 +128,7 @@ class FrozenEncoder:
         Such features have no error per sample, and their rows may be grouped under the wrong sample.
         """
         batch = len(next(iter(graph.values())))
-        if torch.compiler.is_compiling() or self._known or self._apart or batch == 1:
+        if torch.compiler.is_compiling() or self._all_diffusers or self._rows_independent or batch == 1:
             return
         last = torch.arange(batch) == batch - 1
         for some in (last, ~last):  # their features must have no slope in the other samples' latents
@@ -148,9 +142,9 @@ class FrozenEncoder:
             if slope[~some].abs().amax() > 1e-5 * largest:
                 must_be = "a module whose output for each sample depends on this sample alone, with its rows together"
                 raise bad("layer", must_be, f"{list(graph)}, whose output for some samples depends on others too")
-        self._apart = True
+        self._rows_independent = True
 
-    def _is_known(self) -> bool:
+    def _is_all_diffusers(self) -> bool:
         """Whether all code is diffusers'. There rows do not mix, and features have the dtype that computes them."""
         return self._call is _by_name and all(map(_is_diffusers, self.view.modules()))
 
@@ -171,7 +165,7 @@ class FrozenEncoder:
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the model computes in now: autocast's, or else its last features' or its weights'."""
-        return _autocast_dtype(device) or _seen(self) or self.dtype
+        return _autocast_dtype(device) or _last_feature_dtype(self) or self.dtype
 
     @property
     def channels(self) -> int | None:
@@ -179,30 +173,29 @@ class FrozenEncoder:
         conv = getattr(self.view, "conv_in", None)
         return conv.in_channels if isinstance(conv, nn.Conv2d) and self._call is _by_name else None
 
-    def conditioned(self, latents: Tensor, text: Tensor | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's keyword arguments, checked, and a check that the weights are still the base model's."""
-        if not torch.compiler.is_compiling():  # a compiler could not trace these checks of the user's own modules
-            self._watch.check()
-            if self._watch.followed:
-                self._known, self._apart, self._watch.followed = self._is_known(), False, False
-            self._check_own(latents)
-        return self._conditioning.checked(latents, text, model_kwargs)
+    def check_weights(self, latents: Tensor) -> None:
+        """Raise if the weights are no longer the base model's, or are not where the latents are."""
+        if torch.compiler.is_compiling():  # a compiler could not trace these checks of the user's own modules
+            return
+        self._watch.check()
+        if self._watch.processor_replaced:
+            self._watch.processor_replaced = self._rows_independent = False
+            self._all_diffusers = self._is_all_diffusers()
+        # The user moves shared weights, and ``ncp.to(...)`` moves the copies.
+        for modules, hint in ((self._owned, ": move its copies with ncp.to(device)"), (self._shared, "")):
+            weight = next((p for module in modules.values() for p in module.parameters(recurse=False)), None)
+            if weight is not None and weight.device != latents.device:
+                raise bad("noisy_latents", f"on the encoder's device, {weight.device}{hint}", f"on {latents.device}")
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Convert the encoder's own copies, as ``ncp.to(...)`` asks. Shared weights are moved by the user alone."""
         for module in self._owned.values():
             nn.Module._apply(module, fn, recurse=False)
 
-    def _check_own(self, latents: Tensor) -> None:
-        """Refuse weights that were left behind: the user moves shared ones, and ``ncp.to(...)`` moves the copies."""
-        for weight, hint in ((self._copied, ": move its copies with ncp.to(device)"), (self._shared, "")):
-            if weight is not None and weight.device != latents.device:
-                raise bad("noisy_latents", f"on the encoder's device, {weight.device}{hint}", f"on {latents.device}")
-
 
 @constant_to_compilers  # a compiler would watch the attribute, and compile again when an eager call changes it
-def _seen(encoder: FrozenEncoder) -> torch.dtype | None:
-    return encoder._seen
+def _last_feature_dtype(encoder: FrozenEncoder) -> torch.dtype | None:
+    return encoder._feature_dtype
 
 
 def _recompute_blocks(view: nn.Module) -> None:
@@ -216,10 +209,6 @@ def _recompute_blocks(view: nn.Module) -> None:
 def _recomputed(block: Callable[..., Any], *args: Any) -> Any:
     """Run a block whose activations are recomputed in backward, except under a compiler, which plans memory itself."""
     return block(*args) if torch.compiler.is_compiling() else recompute(block, *args, use_reentrant=False)
-
-
-def _first_weight(modules: Mapping[str, nn.Module]) -> Tensor | None:
-    return next((p for module in modules.values() for p in module.parameters(recurse=False)), None)
 
 
 def _is_diffusers(module: nn.Module) -> bool:

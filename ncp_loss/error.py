@@ -50,18 +50,18 @@ def feature_errors(
         impl: "eager", or "triton" for kernels that make no float32 copy of features.
 
     Returns:
-        The errors, in float32 or better. A function that makes the cotangents, ``d error / d features`` by layer, in
-        the features' dtype. A factor for these, (B,): the cotangents are scaled to order one, since half precision can
-        hold neither very small numbers nor very large ones.
+        The errors, in float32 or better. A function that makes the cotangents by layer, in the features' dtype: they
+        are ``d error / d features`` over a size, since half precision can hold neither very small numbers nor very
+        large ones. That size, (B,), by which what is pulled back from the cotangents must be multiplied.
     """
-    gap = torch.zeros_like(points.model) if points.gap is None else points.gap
-    per_unit = torch.ones_like(gap[0]) if unit is None else _inverse(unit.square())
-    total, slopes, sizes = torch.zeros_like(gap[:1]).expand(3, -1), {}, []
+    ones = torch.ones_like(points.model[0])
+    per_unit = ones if unit is None else _inverse(unit.square())
+    total, slopes, sizes = torch.zeros_like(ones).expand(3, -1), {}, []
     for layer, weight in weights.items():
         at = [f[layer] for f in features]
-        sums, relative = _sums(at, points.model, gap, impl), weight * per_unit
+        sums, relative = _sums(at, points.model, points.gap, impl), weight * per_unit
         if normalize:
-            relative = relative * _inverse(_sums(at, points.target, torch.zeros_like(gap), impl)[0])
+            relative = relative * _inverse(_sums(at, points.target, None, impl)[0])
         total = total + relative * sums
         slopes[layer] = relative * (2 / at[0][0].numel())  # the derivative of error by w is this times w
         sizes.append(slopes[layer] * sums[0].sqrt())
@@ -71,10 +71,10 @@ def feature_errors(
         of_order_one = points.model * _inverse(size)
         return {k: _cotangent([f[k] for f in features], of_order_one * slope, impl) for k, slope in slopes.items()}
 
-    error, reference, margin = total
+    error, reference, excess = total
     # `error` and `reference` were each summed with rounding of their own, which their difference would keep.
     smaller = torch.minimum(error, reference)
-    errors = Errors(smaller + margin.relu(), smaller + (-margin).relu() if points.gap is not None else None)
+    errors = Errors(smaller + excess.relu(), smaller + (-excess).relu() if points.gap is not None else None)
     return errors, cotangents, size
 
 
@@ -108,14 +108,20 @@ class _Attached(torch.autograd.Function):
 # The two passes over features, each computed in float32 or better. ncp_loss/fused.py has both as kernels.
 
 
-def _sums(features: list[Tensor], model: Tensor, gap: Tensor, impl: str) -> Tensor:
-    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)`` of each sample, (3, B)."""
+def _sums(features: list[Tensor], model: Tensor, gap: Tensor | None, impl: str) -> Tensor:
+    """``mean |w|^2``, ``mean |w - u|^2`` and ``mean u (2 w - u)`` of each sample, (3, B). Without a gap u is 0."""
     if impl == "triton":
         from .fused import sums
 
-        coefficients = torch.stack([model, gap]).to(torch.promote_types(model.dtype, features[0].dtype))
+        coefficients = torch.stack([model, torch.zeros_like(model) if gap is None else gap]).to(
+            torch.promote_types(model.dtype, features[0].dtype)
+        )
         return cast(Tensor, sums(features, coefficients))
-    w, u = _combined(features, model), _combined(features, gap)
+    w = _combined(features, model)
+    if gap is None:
+        error = reduce(w.square(), "b ... -> b", "mean")
+        return torch.stack([error, error, torch.zeros_like(error)])
+    u = _combined(features, gap)
     means = [reduce(x, "b ... -> b", "mean") for x in (w.square(), (w - u).square(), u * (2 * w - u))]
     return torch.stack(means)
 

@@ -51,7 +51,7 @@ def sums_kernel(
     row = tl.program_id(1).to(tl.int64)
     wide: tl.constexpr = tl.float64 if f0.dtype.element_ty == tl.float64 else tl.float32
     model = tl.zeros([BLOCK // 4], wide)
-    reference, margin = model, model
+    reference, excess = model, model
     start = part * ROUNDS * BLOCK
     for first in range(start, tl.minimum(start + ROUNDS * BLOCK, size), BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -62,11 +62,11 @@ def sums_kernel(
         u = _combination(x0, x1, x2, x3, coefficients + POINTS * rows, POINTS, wide)
         model += _fours(w * w)
         reference += _fours((w - u) * (w - u))
-        margin += _fours(u * (2 * w - u))
+        excess += _fours(u * (2 * w - u))
     place, apart = partial + row * tl.num_programs(0) + part, rows * tl.num_programs(0)
     tl.store(place, tl.sum(model))
     tl.store(place + apart, tl.sum(reference))
-    tl.store(place + 2 * apart, tl.sum(margin))
+    tl.store(place + 2 * apart, tl.sum(excess))
 
 
 @triton.jit

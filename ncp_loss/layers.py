@@ -105,26 +105,26 @@ class Pass:
     wanted: int  # how many layers are wanted
     kept: Features | None = None  # the features kept so far; None while no pass runs
     # A list with one token, which only one thread can take. A lock could not be copied or pickled.
-    free: list[None] = field(default_factory=lambda: [None])
+    token: list[None] = field(default_factory=lambda: [None])
 
 
 class _Tap:
     """A forward hook that keeps a layer's output, and ends the pass when the outputs of all wanted layers are kept."""
 
-    def __init__(self, layer: str, forward: Pass, module: nn.Module) -> None:
-        self.layer, self.forward = layer, forward
-        self.image: int | None = None  # which of several outputs was the image's, once that was clear
+    def __init__(self, layer: str, state: Pass, module: nn.Module) -> None:
+        self.layer, self.state = layer, state
+        self.image_index: int | None = None  # which of several outputs was the image's, once that was clear
         names = list(inspect.signature(type(module).forward).parameters)
         self.position = names.index("hidden_states") - 1 if "hidden_states" in names else None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        kept, wanted = self.forward.kept, self.forward.wanted
+        kept, wanted = self.state.kept, self.state.wanted
         # The first output counts. A checkpoint runs the layer again in backward, and a model may use a layer twice.
         if kept is None or self.layer in kept:
             return
         features = self._image_stream(args, kwargs, output)
         if features is None:
-            self.forward.kept = None  # _several_streams runs the module once more, in which no tap may act
+            self.state.kept = None  # _several_streams runs the module once more, in which no tap may act
             raise self._several_streams(module, args, kwargs, output)
         # If the pass goes on, the model may still change this tensor in place, as it adds a T2I-Adapter's residuals.
         kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features
@@ -150,10 +150,10 @@ class _Tap:
             images = inputs if image is None else [image]
             places = [i for i in places if len(images) == 1 and outputs[i].shape == images[0].shape]
             if len(places) == 1:
-                self.image = places[0]
-            elif self.image in places:
-                places = [self.image]
-        # What stands behind a tuple is no U-Net block's hidden states, which come before the skip connections.
+                self.image_index = places[0]
+            elif self.image_index in places:
+                places = [self.image_index]
+        # A U-Net block returns its hidden states before the tuple of skip connections. A tensor after it is not they.
         clear = len(places) == 1 and not any(isinstance(x, tuple | list) for x in outputs[: places[0]])
         return cast(Tensor, outputs[places[0]]) if clear else None
 

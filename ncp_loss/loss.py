@@ -35,7 +35,7 @@ _NOISE = "target (noise, for a schedule that predicts epsilon)"
 class _Batch(NamedTuple):
     """What errors are computed from, for all samples or for a chunk of them. The batch comes first everywhere."""
 
-    base: Tensor  # the target's latents, x*
+    target_latents: Tensor  # x*
     d: Tensor  # the model's displacement from them
     reference: Tensor | None  # the reference's displacement
     gap: Tensor | None  # the model's displacement minus the reference's
@@ -84,7 +84,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             encoder_hidden_states=..., **model_kwargs)``. It is given the encoder, latents, timesteps and the other
             arguments by name, as in ``lambda model, x, t, **kw: model(pack(x), timestep=t / 1000, **kw)`` for Flux.
         impl: how the error's passes over features run: "eager", or "triton" for kernels that make no float32 copies.
-        reduction: "mean", "sum" or "none" (per sample).
+        reduction: "mean", "sum" or "none" (per sample), for ``ncp(...)``. The preference losses have one of their own.
 
     Raises:
         ValueError, TypeError: an unknown option, a layer that the model does not have, or an adapter merged into its
@@ -210,7 +210,8 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
         check_reverse_mode(model_pred)
         timesteps = expand_timesteps(timesteps, noisy_latents)
-        check_generator("generator", generator)
+        check_generator(generator)
+        self._encoder.check_weights(noisy_latents)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:
             # Of the targets only noise is the same for both members. A velocity or x_0 depends on the image.
@@ -222,11 +223,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         x, truth, prediction = (t.detach().to(dtype) for t in (noisy_latents, target, model_pred))
         back = self.schedule.reverse_step(timesteps, self.step, dtype=dtype, generator=generator, pairs=pairs)
         check_noisy(self.schedule, noisy_latents, timesteps)  # reverse_step has checked the timesteps
-        z = draw_noise(self.step, x, generator, pairs) if variance_noise is None else variance_noise.detach().to(dtype)
+        z = draw_noise(self.schedule, self.step, x, generator, pairs) if variance_noise is None else variance_noise
         reference = None if ref_pred is None else ref_pred.detach().to(dtype)
         # The gap is computed from the predictions, since the difference of the two displacements would lose digits.
         batch = _Batch(
-            base=back.latents(x, truth, z),
+            target_latents=back.latents(x, truth, None if z is None else z.detach().to(dtype)),
             d=back.displacement(prediction, truth),
             reference=None if reference is None else back.displacement(reference, truth),
             gap=None if reference is None else back.displacement(prediction, reference),
@@ -239,9 +240,9 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         if self.chunk_size is None:
             error, ref_error, slope = evaluate(batch)
         else:
-            groups = 2 if pairs else 1
-            chunks = [evaluate(_Batch(**take(batch._asdict()))) for take in chunks_of(len(x), self.chunk_size, groups)]
-            error, ref_error, slope = (joined(parts, groups) for parts in zip(*chunks, strict=True))
+            takes = chunks_of(len(x), self.chunk_size, groups=1 + pairs)
+            parts = zip(*(evaluate(_Batch(**take(batch._asdict()))) for take in takes), strict=True)
+            error, ref_error, slope = (joined(part, groups=1 + pairs) for part in parts)
         return Errors(error if slope is None else attach(error, model_pred, slope), ref_error)
 
     @torch.no_grad()
@@ -249,21 +250,21 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         self, batch: _Batch, *, trains: bool, trainer_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``error``, ``ref_error`` and, if it is wanted, the derivative of ``error`` by the prediction."""
-        base, d, reference, gap, B, timesteps, conditioning = batch
+        target_latents, d, reference, gap, B, timesteps, conditioning = batch
         encode = partial(self._encoder, timesteps=timesteps, conditioning=conditioning, trainer_dtype=trainer_dtype)
-        dtype = self._encoder.compute_dtype(base.device)
-        points = stencil(base, d, reference, gap, choose(self.difference, dtype, base.device))
+        dtype = self._encoder.compute_dtype(target_latents.device)
+        points = stencil(target_latents, d, reference, gap, choose(self.difference, dtype, target_latents.device))
         # The evaluation with a graph comes last, so that its activations are not in memory during the others.
-        at_point = trains and points.graph is points.latents[0]
+        at_point = trains and points.gradient_point is points.latents[0]
         first, *others = points.latents
-        features = [] if at_point else [encode(first) if trains else self._encoder.reached(encode, first)]
+        features = [] if at_point else [encode(first) if trains else self._encoder.checked_features(encode, first)]
         features += [encode(x) for x in others]
         if trains:
-            graph, pull_back = linearized(encode, points.graph)
+            graph, pull_back = linearized(encode, points.gradient_point)
             self._encoder.check_apart(graph, pull_back)
             features = [graph, *features] if at_point else features
         # The features may show another dtype than the weights. Then the estimator was the wrong one: start again.
-        if self._encoder.compute_dtype(base.device) != dtype:
+        if self._encoder.compute_dtype(target_latents.device) != dtype:
             return self._evaluate(batch, trains=trains, trainer_dtype=trainer_dtype)
         options = self.normalize, B if self.weighting == "noise" else None, self.impl
         errors, cotangents, size = feature_errors(features, points, self._encoder.weights, *options)
@@ -290,6 +291,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         """
         check_latents("latents", latents, self._encoder.channels)
         timesteps = check_timesteps(expand_timesteps(timesteps, latents), len(self.schedule), whole=False)
+        self._encoder.check_weights(latents)
         conditioning = self._encoder.conditioned(latents, encoder_hidden_states, model_kwargs)
         return self._encoder(latents, timesteps, conditioning, latents.dtype)
 

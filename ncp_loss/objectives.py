@@ -256,11 +256,11 @@ def mapo_loss(
     beta = _check_beta(beta, chosen_error)
     scale, T = check_number("scale", scale), check_number("steps", steps)
     chosen, rejected = (e.to(at_least_float32(e)) for e in (chosen_error, rejected_error))
-    logits = T * (_odds(scale * chosen) - _odds(scale * rejected))
+    logits = T * (_bernoulli_less_1(scale * chosen) - _bernoulli_less_1(scale * rejected))
     return reduce_batch(chosen - beta * logsigmoid(logits), reduction)
 
 
-def _odds(y: Tensor) -> Tensor:
+def _bernoulli_less_1(y: Tensor) -> Tensor:
     """``y / (exp(y) - 1) - 1``, where neither the value for a small y nor its derivative loses digits."""
     small = y.abs() < 0.1
     # The branch that is not taken is evaluated too, at a place where its derivative is finite: 0 * inf would be NaN.
@@ -331,7 +331,7 @@ def preference_metrics(
     """What preference trainers log, by the names that they use, with ``rewards/* = beta * (ref_error - error)``.
 
     Args:
-        loss: the batch's loss, of any shape.
+        loss: the loss of each pair, (B,), or their mean. The metric is its mean.
         chosen_error, rejected_error: the model's errors on winners and losers, (B,).
         ref: the reference's errors on winners and on losers, (B,) each, or None if there is no reference, as in CPO.
         beta: that of the loss, a positive number, or one for each pair, (B,).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import bad, check_like
 from .loss import NoiseConditionedPerceptualLoss
-from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, relative_beta, sft_loss
+from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, reduce_batch, relative_beta, sft_loss
 
 
 def ncp_dpo_loss(
@@ -90,15 +90,16 @@ def ncp_dpo_loss(
     ref_chosen, ref_rejected = check_like("ref_error", ref, "the batch's errors", error).detach().chunk(2)
     errors = chosen, rejected, ref_chosen, ref_rejected
     beta = beta if kappa is None else relative_beta(ref_chosen, ref_rejected, kappa)
-    loss = dpo_loss(
+    losses = dpo_loss(
         *errors,
         beta=beta,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
         sft_weight=sft_weight,
-        reduction=reduction,
+        reduction="none",
     )
-    return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta))
+    metrics = preference_metrics(losses, chosen, rejected, (ref_chosen, ref_rejected), beta)
+    return PreferenceOutput(reduce_batch(losses, reduction), metrics)
 
 
 def ncp_cpo_loss(
@@ -142,8 +143,9 @@ def ncp_cpo_loss(
     _check_loss(ncp)
     error, _ = ncp.errors(*inputs, pairs=True, variance_noise=variance_noise, generator=generator, **model_kwargs)
     chosen, rejected = error.chunk(2)
-    loss = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction=reduction)
-    return PreferenceOutput(loss, preference_metrics(loss, chosen, rejected, None, beta))
+    losses = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction="none")
+    metrics = preference_metrics(losses, chosen, rejected, None, beta)
+    return PreferenceOutput(reduce_batch(losses, reduction), metrics)
 
 
 def ncp_sft_loss(
@@ -183,8 +185,8 @@ def ncp_sft_loss(
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
     _check_loss(ncp)
     error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
-    loss = sft_loss(error, reduction=reduction)
-    return PreferenceOutput(loss, {"loss": loss.detach().mean(), "raw_model_loss": error.detach().mean()})
+    mean = error.detach().mean()
+    return PreferenceOutput(sft_loss(error, reduction=reduction), {"loss": mean, "raw_model_loss": mean})
 
 
 def _check_loss(ncp: object) -> None:

@@ -138,7 +138,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def _after(self, t: Tensor, step: Step, generator: torch.Generator | None) -> Tensor:
-        """t' for t."""
+        """t' for t: k steps before t for ``step=k``, and the clean end if there are fewer or for "clean"."""
 
     @abstractmethod
     def _coefficients(self, t: Tensor, after: Tensor, step: Step) -> Tensors:
@@ -216,20 +216,6 @@ class Schedule(ABC):
         """The scale of the noise: sigma in ``x_t = alpha(t) x_0 + sigma(t) eps``. All else is as for :meth:`alpha`."""
         return self._scales(self._checked(timesteps, self._clean_end))[1]
 
-    def next_timesteps(self, timesteps: Tensor, step: Step, generator: torch.Generator | None = None) -> Tensor:
-        """The timestep t' that follows t in the reverse process, shaped like ``timesteps``.
-
-        For ``step=k`` it is k steps before t, and the clean end if there are fewer. For "clean" it is the clean end.
-        For "uniform" it is drawn at random, by ``generator`` if that is given. ``timesteps`` are as for :meth:`alpha`.
-
-        Raises:
-            ValueError, TypeError: an argument of the wrong type, dtype or value.
-        """
-        check_step(step)
-        check_generator("generator", generator)
-        t = self._checked(timesteps, self._clean_end)
-        return self._after(t if t.is_floating_point() else t.long(), step, generator)
-
     def reverse_step(
         self,
         timesteps: Tensor,
@@ -248,7 +234,7 @@ class Schedule(ABC):
         which is DDIM (arXiv 2010.02502).
 
         Args:
-            timesteps: t, (B,), whole numbers in [0, T) of any dtype; for a flow any numbers in [0, T].
+            timesteps: t, (B,), whole numbers in [0, T), integers or floats; for a flow any numbers in [0, T].
             step: the number of timesteps to go back, 1 or more, or "uniform" for a t' drawn at random, or "clean" for
                 the clean end.
             dtype: that of the coefficients. They are computed in float64 and then rounded.
@@ -256,14 +242,15 @@ class Schedule(ABC):
             pairs: whether the second half of the batch shares its drawn t' with the first.
 
         Returns:
-            A, B and s in ``dtype``, and t', each (B,).
+            A, B and s in ``dtype``, and t', each (B,). t' has the dtype of t, or int32 or float32 where that is
+            wider. For a flow it is a float.
 
         Raises:
             ValueError, TypeError: an argument of the wrong type, dtype, shape or value.
         """
         self._follow()
         check_step(step)
-        check_generator("generator", generator)
+        check_generator(generator)
         timesteps = self._given(timesteps)
         check_flag("pairs", pairs)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
@@ -277,7 +264,9 @@ class Schedule(ABC):
         else:
             after = self._after(t, step, generator)
         A, B, s = (c.to(dtype) for c in self._coefficients(t, after, step))
-        kept = timesteps.dtype if self._whole or timesteps.is_floating_point() else torch.float32
+        # A narrow dtype could hold t, but not t': uint8 no 845, and bf16 no 511.
+        least = torch.int32 if self._whole and not timesteps.is_floating_point() else torch.float32
+        kept = torch.promote_types(timesteps.dtype, least)
         return ReverseStep(A, B, s, after.clamp(min=0).to(kept))
 
     def _checked(self, timesteps: Tensor, low: int = 0) -> Tensor:
@@ -346,7 +335,7 @@ class NoiseSchedule(Schedule):
         self._alpha = torch.cat([squared.sqrt(), squared.new_ones(1)])
         self._sigma = torch.cat([(1 - squared).sqrt(), squared.new_zeros(1)])
         # Tables on each device that has been used: alpha and sigma under None, and A, B and s under their step.
-        self._moved: dict[tuple[Step | None, torch.device], Tensors] = {}
+        self._tables: dict[tuple[Step | None, torch.device], Tensors] = {}
         self._warn(torch.arange(len(self), device="cpu"))
 
     def __repr__(self) -> str:
@@ -385,32 +374,32 @@ class NoiseSchedule(Schedule):
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
         return A, B, s
 
-    def _moved_once(self, key: Step | None, device: torch.device, compute: Callable[[], Tensors]) -> Tensors:
+    def _tables_on(self, key: Step | None, device: torch.device, compute: Callable[[], Tensors]) -> Tensors:
         """The tables that ``compute`` makes on the host in float64, on ``device``. Later calls return the same ones."""
-        if (key, device) in self._moved:
-            return self._moved[key, device]
+        if (key, device) in self._tables:
+            return self._tables[key, device]
         tables = tuple(table.to(device, widest(device)) for table in compute())
         if all(type(table) is Tensor for table in tables):  # a tracer's tensors are of no use outside its trace
-            self._moved[key, device] = tables
+            self._tables[key, device] = tables
         return tables
 
 
 # A compiler takes these tables as constants. Otherwise it would compile a second time, since the first call fills the
-# cache. They come from functions and not from methods, because a compiler watches a function's arguments for another
-# schedule, and would not watch a method's owner.
+# cache. They come from functions that take the schedule: if they were its methods, a compiled loss that is given a new
+# schedule would go on with the first one's tables.
 
 
 @constant_to_compilers
 def _scales_for_every_t(schedule: NoiseSchedule, device: torch.device) -> Tensors:
     """alpha and sigma for every t, and for the clean end."""
-    return schedule._moved_once(None, device, lambda: (schedule._alpha, schedule._sigma))
+    return schedule._tables_on(None, device, lambda: (schedule._alpha, schedule._sigma))
 
 
 @constant_to_compilers
 def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch.device) -> Tensors:
     """A, B and s of ``step`` for every t."""
     t = torch.arange(len(schedule), device="cpu")
-    return schedule._moved_once(step, device, lambda: schedule._computed(t, schedule._after(t, step, None), step))
+    return schedule._tables_on(step, device, lambda: schedule._computed(t, schedule._after(t, step, None), step))
 
 
 @NoiseSchedule.register  # whatever takes a NoiseSchedule takes a flow too, so isinstance says that it is one
@@ -492,12 +481,14 @@ class FlowSchedule(Schedule):
         return A, torch.where(sigma > 0, (sigma - sigma_) / sigma, torch.ones_like(sigma)), zero
 
 
-def draw_noise(step: Step, latents: Tensor, generator: torch.Generator | None, pairs: bool) -> Tensor | None:
+def draw_noise(
+    schedule: Schedule, step: Step, latents: Tensor, generator: torch.Generator | None, pairs: bool
+) -> Tensor | None:
     """z of the reverse step, shaped like the latents. Both members of a pair get the same. None stands for z = 0.
 
-    Nothing is drawn without a generator, or for "uniform" and "clean", in whose step s is 0 and z has no part.
+    Nothing is drawn without a generator, or where s is 0 and z has no part: for "uniform", "clean" and flows.
     """
-    if generator is None or not isinstance(step, int):
+    if generator is None or not isinstance(step, int) or isinstance(schedule, FlowSchedule):
         return None
     groups = 2 if pairs else 1
     shape = (len(latents) // groups, *latents.shape[1:])

@@ -59,8 +59,7 @@ def frozen_view(model: M) -> M:
         raise bad("model", "a torch.nn.Module", type(model).__name__, TypeError)
     view, links = twin_of(model, "model")
     modules = dict(view.named_modules())
-    owned = own_trainable(modules)
-    shared = {name: module for name, module in modules.items() if name not in owned}
+    _, shared = own_trainable(modules)
     view.register_forward_pre_hook(Watch(modules, shared, links, "model"))
     return view  # type: ignore[return-value]
 
@@ -108,8 +107,10 @@ def _leads_to(value: Any, modules: Mapping[int, nn.Module], seen: set[int]) -> b
     return any(_leads_to(item, modules, seen) for item in inside if not isinstance(item, int | float | str))
 
 
-def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Give each module whose tensors would change, or are sharded, whole tensors of its own. Return these modules.
+def own_trainable(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Give each module whose tensors would change, or are sharded, whole tensors of its own.
+
+    Returns these modules, and the others, which share the user's tensors.
 
     Trainable weights change, and so do the buffers of batch and spectral norms when the model runs in train mode.
     """
@@ -117,8 +118,8 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
     def own(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
-            copy = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach().clone()  # type: ignore[attr-defined]
-            copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+            whole = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach().clone()  # type: ignore[attr-defined]
+            copies[id(tensor)] = nn.Parameter(whole, requires_grad=False) if isinstance(tensor, nn.Parameter) else whole
         return copies[id(tensor)]
 
     owned = {}
@@ -130,7 +131,7 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 tensors = vars(module)[home]
                 vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
             owned[name] = module
-    return owned
+    return owned, {name: module for name, module in modules.items() if name not in owned}
 
 
 def _twin(
@@ -169,7 +170,7 @@ def _twin(
         state["gradient_checkpointing"] = False
         state.pop("_gradient_checkpointing_func", None)
     vars(twin).update(state)
-    for key, child in module._modules.items():
-        below = f"{path}.{key}".lstrip(".")
-        twin._modules[key] = None if child is None else _twin(below, module._modules, key, name, memo, links)
+    for inner, child in module._modules.items():
+        below = f"{path}.{inner}".lstrip(".")
+        twin._modules[inner] = None if child is None else _twin(below, module._modules, inner, name, memo, links)
     return twin

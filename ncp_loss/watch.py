@@ -49,14 +49,14 @@ class Watch:
         self, used: Mapping[str, nn.Module], shared: Mapping[str, nn.Module], links: list[Link], name: str = "unet"
     ) -> None:
         twins = {id(module) for module in used.values()}
-        self.name, self.stirred = name, False
-        self.followed = False  # whether the view has taken over a new processor; the encoder resets it
+        self.name, self.layer_replaced = name, False
+        self.processor_replaced = False  # whether the view has taken over a new processor; the encoder resets it
         self._links = [link for link in links if id(link.twin) in twins]
         self._parents = {id(link.modules) for link in self._links}
         self._merges: list[tuple[str, list[Any]]] = []
         self._of_module = {id(module): list(_weights(path, module)) for path, module in shared.items()}
         for link in self._links:
-            self._expect(link, link.layers)
+            self._recheck(link, link.layers)
         self._listen()
 
     def __call__(self, *_: Any) -> None:
@@ -76,36 +76,36 @@ class Watch:
             forward, processor = (vars(layers[-1]).get(key) if layers else None for key in ("forward", "processor"))
             if processor is not link.processor and vars(link.twin).get("processor") is link.processor:
                 vars(link.twin)["processor"] = processor  # unless the view was given one of its own
-                self.followed = True
+                self.processor_replaced = True
             if layers != link.layers or forward != link.forward or processor is not link.processor:
-                self._expect(link, layers)
+                self._recheck(link, layers)
                 self._links[i] = link._replace(layers=layers, forward=forward, processor=processor)
             if id(link.twin) in self._of_module:  # a layer with copied weights may do as it likes
                 self._check_there(link, layers[-1] if layers else None)
-        if self.stirred:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
+        if self.layer_replaced:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
             for weight in self._weights():
                 weight.forget()
         looked = [weight for weight in self._weights() if self._differs(weight)]
         for weight in looked:
-            self._look(weight)
+            self._compare(weight)
         if looked:
             self._check_layers()
-        self.stirred = False
+        self.layer_replaced = False
 
     def _check_there(self, link: Link, now: nn.Module | None) -> None:
         """Raise if a layer is gone, or another one than when the view was made, or has new layers inside."""
         if now is None:
-            raise self._moved(link.path, "was removed")
+            raise self._changed(link.path, "was removed")
         if now is not link.base and not (now._parameters and _same_objects(now._parameters, link.base._parameters)):
-            raise self._moved(link.path, "was replaced by another layer")
+            raise self._changed(link.path, "was replaced by another layer")
         # Which layers diffusers' forward passes use depends on which there are, such as an IP-Adapter's.
-        new = now._modules.keys() - link.twin._modules.keys() if self.stirred else ()
+        new = now._modules.keys() - link.twin._modules.keys() if self.layer_replaced else ()
         if new and type(now).__module__.startswith("diffusers."):
-            raise self._moved(link.path, f"got new layers, {sorted(new)}")
+            raise self._changed(link.path, f"got new layers, {sorted(new)}")
 
-    def note(self, parent: nn.Module) -> None:
+    def note_replaced(self, parent: nn.Module) -> None:
         """Note that a layer of ``parent`` has been replaced."""
-        self.stirred |= id(parent._modules) in self._parents
+        self.layer_replaced |= id(parent._modules) in self._parents
 
     def _weights(self) -> Iterator[_Weight]:
         return (weight for weights in self._of_module.values() for weight in weights)
@@ -114,32 +114,32 @@ class Watch:
         """Whether another tensor stands there, or the same one has been written to or moved."""
         now = weight.home.get(weight.key)
         if now is None or now.requires_grad:
-            raise self._moved(weight.path, "was removed" if now is None else "became trainable")
+            raise self._changed(weight.path, "was removed" if now is None else "became trainable")
         return now is not weight.tensor or _state(now, weight.rewritten) != weight.state
 
-    def _expect(self, link: Link, layers: tuple[nn.Module, ...]) -> None:
+    def _recheck(self, link: Link, layers: tuple[nn.Module, ...]) -> None:
         """Have the weights' values compared, since other layers wrap them now, and note which are rewritten."""
         weights = self._of_module.get(id(link.twin), [])
         lost = set(link.layers[:-1]) - set(layers)
         for weight in weights:
             if lost and weight.sums is None:
-                raise self._moved(weight.path, "lost its adapter, which may have been merged into it")
+                raise self._changed(weight.path, "lost its adapter, which may have been merged into it")
             weight.forget()
             # PEFT's target_parameters parametrizes the weight while the model runs, and so writes to it in each pass.
             weight.rewritten = any(vars(layer).get("parameter_name") == weight.key for layer in layers[:-1])
 
-    def _look(self, weight: _Weight) -> None:
+    def _compare(self, weight: _Weight) -> None:
         """Compare the values of a weight with those at the first call, and remember its state as it is now."""
         now = weight.home[weight.key]
         assert now is not None
         if is_sharded(now):
-            raise self._moved(weight.path, "was sharded over processes")
+            raise self._changed(weight.path, "was sharded over processes")
         # Nothing was kept before the first call. In a copy the state is lost, but the sums are not.
         first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
         weight.coarsest = max(weight.coarsest, torch.finfo(now.dtype).eps / 2 if now.is_floating_point() else 0, 1e-6)
         if not first and not _same(weight, now):
             hint = "" if is_parameter else " (where the model's own forward does that, hand over copy.deepcopy(model))"
-            raise self._moved(weight.path, "was changed" + hint)
+            raise self._changed(weight.path, "was changed" + hint)
         if not first and now is weight.tensor and not is_parameter:
             weight.rewritten = True  # as DDP writes the first process's buffers into the others' at every step
         weight.sums = _row_sums(now) if weight.sums is None else weight.sums
@@ -158,7 +158,7 @@ class Watch:
                     a, b = (f"{w.path} on {w.tensor.device}" for w in (first, weight))
                     raise bad(self.name, "on one device, not offloaded in part", f"{a}, {b}")
 
-    def _moved(self, path: str, what: str) -> RuntimeError:
+    def _changed(self, path: str, what: str) -> RuntimeError:
         of_loss = self.name == "unet"
         sharing, again = ("the loss", "Build the loss") if of_loss else ("the view", "Call frozen_view")
         return RuntimeError(
@@ -203,7 +203,7 @@ def _hear_of_replaced_layers() -> None:
 
     def note(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         for watch in tuple(_WATCHES):
-            watch.note(parent)
+            watch.note_replaced(parent)
 
     register_module_module_registration_hook(note)
 

@@ -518,11 +518,6 @@ for id, make, t in (
         for method, arguments in {
             "alpha": {"timesteps": Argument(t, anywhere)},
             "sigma": {"timesteps": Argument(t, anywhere)},
-            "next_timesteps": {
-                "timesteps": Argument(t, anywhere),
-                "step": Argument(1, WHOLE),
-                "generator": Argument(None, GENERATOR),
-            },
             "reverse_step": {
                 "timesteps": Argument(t, of_rows),
                 "step": Argument(1, WHOLE),

@@ -61,7 +61,7 @@ def test_the_literal_stencil_is_the_definition_whatever_the_features(move) -> No
     torch.testing.assert_close(combined(points.model, features), (base + d).exp() - base.exp(), **exact)
     torch.testing.assert_close(combined(points.gap, features), (base + d).exp() - (base + r).exp(), **exact)
     torch.testing.assert_close(combined(points.target, features), base.exp(), **exact)
-    torch.testing.assert_close(points.graph, base + d)
+    torch.testing.assert_close(points.gradient_point, base + d)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +131,7 @@ def test_the_gradient_is_taken_at_the_first_point_or_at_the_definitions(kind) ->
     base, d, _ = moves(1e-3, 1.0, 0.0)
     for at_point in (True, False):
         points = stencil(base, d, None, None, Estimator(kind, 0.02, 0.02, at_point))
-        assert torch.equal(points.graph, points.latents[0] if at_point else base + d)
+        assert torch.equal(points.gradient_point, points.latents[0] if at_point else base + d)
 
 
 @given(length=st.floats(1e-6, 10), reach=st.sampled_from([0.0005, 0.02, 0.06]))
@@ -151,7 +151,7 @@ def test_differences_are_taken_by_the_dtype_that_is_computed_in() -> None:
     assert choose("auto", torch.float64, cpu) == Estimator("literal")
     assert choose("auto", torch.float32, cpu) == Estimator("scaled", 0.0005, 0.0005)
     assert choose("auto", torch.float16, cpu) == Estimator("central", 0.02, 0.02)
-    assert choose("auto", torch.bfloat16, cpu) == Estimator("central", 0.045, 0.06, graph_at_point=False)
+    assert choose("auto", torch.bfloat16, cpu) == Estimator("central", 0.045, 0.06, gradient_at_first=False)
     assert choose("scaled", torch.bfloat16, cpu) == Estimator("scaled", 0.045, 0.06)
     assert choose("central", torch.float64, cpu) == Estimator("central", 0.0005, 0.0005)
     assert all(choose("literal", dtype, cpu).kind == "literal" for dtype in (torch.bfloat16, torch.float32))
@@ -218,7 +218,7 @@ def test_errors_margin_and_gradient_are_those_of_the_definition(move, normalize,
     torch.testing.assert_close(errors.error, truth.detach(), **exact)
     torch.testing.assert_close(errors.ref_error, of_reference, **exact)
     torch.testing.assert_close(errors.error - errors.ref_error, (truth - of_reference).detach(), **exact)
-    at = points.graph.clone().requires_grad_()
+    at = points.gradient_point.clone().requires_grad_()
     cotangent = cotangents()
     largest = torch.stack([c.flatten(1).square().mean(1).sqrt() for c in cotangent.values()]).amax(0)
     torch.testing.assert_close(largest, moved(d), **exact)  # of order one

@@ -571,6 +571,18 @@ def test_a_default_device_of_meta_changes_nothing():
     assert torch.equal(found.ref_error, expected.ref_error)
 
 
+def test_a_loss_built_on_meta_computes_with_the_weights_that_are_assigned_later():
+    unet = sd15()
+    arguments = batch(unet)
+    with torch.device("meta"):
+        empty = sd15()
+    ncp = NoiseConditionedPerceptualLoss(empty)
+    empty.load_state_dict(unet.state_dict(), assign=True)
+    empty.requires_grad_(False)
+    expected = NoiseConditionedPerceptualLoss(unet).errors(**arguments)
+    assert all(map(torch.equal, ncp.errors(**arguments), expected))
+
+
 # U-Nets that need no text.
 
 

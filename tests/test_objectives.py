@@ -22,7 +22,9 @@ from ncp_loss import (
     dpo_loss,
     kto_loss,
     mapo_loss,
+    ncp_cpo_loss,
     ncp_dpo_loss,
+    ncp_sft_loss,
     preference_metrics,
     relative_beta,
     sft_loss,
@@ -403,6 +405,19 @@ def test_kappa_is_beta_by_the_references_errors_and_a_batch_in_parts_is_the_whol
         part = {name: value[rows] for name, value in arguments.items()}
         alone = ncp_dpo_loss(ncp, **part, kappa=3.0, reduction="none").loss
         torch.testing.assert_close(alone, whole[rows[:2]], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("objective", [ncp_dpo_loss, ncp_cpo_loss, ncp_sft_loss])
+def test_the_metrics_are_the_same_whatever_the_reduction(objective):
+    """So a batch that is reduced by "sum" still logs the mean loss."""
+    unet = sd15(dtype=torch.float64)
+    ncp, arguments = NoiseConditionedPerceptualLoss(unet), batch(unet, 2, pairs=True, height=8, width=8)
+    if objective is not ncp_dpo_loss:
+        del arguments["ref_pred"]
+    found = {reduction: objective(ncp, **arguments, reduction=reduction) for reduction in ("mean", "sum", "none")}
+    assert found["mean"].metrics == found["sum"].metrics == found["none"].metrics
+    assert found["mean"].metrics["loss"] == found["mean"].loss
+    torch.testing.assert_close(found["sum"].loss, found["none"].loss.sum())
 
 
 @pytest.mark.parametrize("kappa", [0, -1.0, math.nan, math.inf])
