@@ -45,20 +45,21 @@ def test_code_on_the_first_page_fits_a_phone():
 
 
 def test_the_readmes_table_shows_the_committed_figures():
+    kinds = ("literal", "auto")
     found = {
-        (name, r["estimator"]): r
+        (name, r["network"], r["estimator"]): r
         for name in ("lora", "margins")
         for r in result("precision")[name]
-        if r["network"] == "sd15" and r["compute"] == "bfloat16"
+        if r["compute"] == "bfloat16"
     }
-    cosines = [f"{found['lora', kind]['cosine']:.3f}" for kind in ("literal", "auto")]
-    margins = [share(found["margins", kind]["0.01"]) for kind in ("literal", "auto")]
+    cosines = {n: [f"{found['lora', n, kind]['cosine']:.3f}" for kind in kinds] for n in ("sd15", "digits")}
+    margins = {n: [share(found["margins", n, kind]["0.01"]) for kind in kinds] for n in ("sd15", "digits")}
     memory = {r["step"]: r for r in result("memory")["steps"]}
     steps = [memory[step] for step in ("NCP as published", "ncp_loss")]
     times = {r["step"]: r["over latent DPO"] for r in result("throughput-sd15")["steps"]}
     rows = {
-        "cosine with float64's": cosines,
-        "error relative to": margins,
+        "cosine with float64's: random network": cosines["sd15"],
+        "margin in bf16, its relative error: random network": margins["sd15"],
         "peak memory": [f"{row['peak, MB'] / memory['latent DPO']['peak, MB']:.2f}" for row in steps],
         "checkpoint=True": [
             f"{memory['ncp_loss, checkpoint=True']['peak, MB'] / memory['latent DPO']['peak, MB']:.2f}"
@@ -68,8 +69,11 @@ def test_the_readmes_table_shows_the_committed_figures():
         ],
         "time of a float32 step": [f"{times[step]:.2f}" for step in ("NCP as published", "ncp_loss")],
     }
+    lines = README.splitlines()
     for name, figures in rows.items():
-        assert any(name in line and line.endswith(f"| {' | '.join(figures)} |") for line in README.splitlines()), name
+        assert any(name in line and line.endswith(f"| {' | '.join(figures)} |") for line in lines), name
+    for figures in (cosines["digits"], margins["digits"]):
+        assert f"| the same: trained network | {' | '.join(figures)} |" in lines
 
 
 def test_the_readmes_commands_are_targets_of_the_makefile():
