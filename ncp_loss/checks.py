@@ -38,6 +38,11 @@ def check_number(
     return float(value)
 
 
+def check_no_reference(model_kwargs: Mapping[str, object]) -> None:
+    for name in sorted({"ref_pred", "ref_error", "pairs"} & model_kwargs.keys()):
+        raise bad(name, "given to ncp.errors(...), or a reference to ncp_dpo_loss(...)", "given elsewhere", TypeError)
+
+
 def check_generator(value: object) -> None:
     if not isinstance(value, torch.Generator | None):
         raise bad("generator", "a torch.Generator or None", _of(value), TypeError)

@@ -102,7 +102,9 @@ def prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, 
         return value
     value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
-        number = name.endswith(("size", "coords", "resolution")) or value.shape == (batch,)
+        number = name.rstrip("s").endswith(
+            ("size", "coord", "resolution", "position", "index", "indice")
+        ) or value.shape == (batch,)
         wide = value.dtype == trainer_dtype and not number
         follows = name == "encoder_hidden_states" or wide or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value

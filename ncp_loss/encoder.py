@@ -48,7 +48,6 @@ class FrozenEncoder:
     _product_dtype: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code,
     _product_dtype_of: torch.dtype | None = None  # when its weights had this dtype
     _reached = False  # whether a pass without gradients has shown that the features depend on the latents
-    _rows_independent = False  # whether a backward pass has shown that a sample's features depend on this sample alone
 
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
@@ -69,6 +68,9 @@ class FrozenEncoder:
             self.view.register_forward_pre_hook(fresh_containers, with_kwargs=True)
         self._all_diffusers = self._is_all_diffusers()
         self.conditioned = Conditioning(self.view, by_name=call is None)
+        # By layer, how many rows of its output belong to a sample; and those that have been shown to be one sample's.
+        self._rows: dict[str, int] = {}
+        self._rows_checked: list[tuple[bool, dict[str, int]]] = []
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], trainer_dtype: torch.dtype
@@ -79,8 +81,8 @@ class FrozenEncoder:
         """
         amp = _autocast_dtype(latents.device)
         dtype = None if amp else self._dtype_of_latents(trainer_dtype)  # autocast casts what it needs itself
-        seen = self._all_diffusers or self._product_dtype_of == self.dtype
-        products = None if seen or amp or torch.compiler.is_compiling() else _Products()
+        known = torch.compiler.is_compiling() or amp or self._all_diffusers
+        products = None if known or self._product_dtype_of == self.dtype else _Products()
         conditioning = {k: prepared(v, dtype, trainer_dtype, len(latents), k) for k, v in conditioning.items()}
         kept: Features = {}
         try:
@@ -103,7 +105,10 @@ class FrozenEncoder:
         features = {layer: one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
             # With several dtypes the coarsest counts, since its rounding is the largest.
+            self._rows = {layer: len(kept[layer]) // len(latents) for layer in self.weights}
             dtypes = {f.dtype for f in features.values()}
+            if self._all_diffusers and not amp:
+                dtypes.add(self.dtype)  # norms that are kept in float32 hide the dtype of the products before them
             if products:
                 self._product_dtype, self._product_dtype_of = _coarsest({*products.dtypes, *dtypes}), self.dtype
             self._feature_dtype = _coarsest({*dtypes, self._product_dtype})
@@ -128,9 +133,14 @@ class FrozenEncoder:
         Such features have no error per sample, and their rows may be grouped under the wrong sample.
         """
         batch = len(next(iter(graph.values())))
-        if torch.compiler.is_compiling() or self._all_diffusers or self._rows_independent or batch == 1:
+        if torch.compiler.is_compiling() or batch == 1:
             return
-        last = torch.arange(batch) == batch - 1
+        # As many tokens as samples: then (tokens, samples, width) looks like (samples, tokens, width).
+        unclear = any(f.ndim > 2 and f.shape[1] == batch for f in graph.values())
+        layout = unclear, self._rows
+        if layout in self._rows_checked or (self._all_diffusers and not unclear):
+            return
+        last = torch.arange(batch, device="cpu") == batch - 1
         for some in (last, ~last):  # their features must have no slope in the other samples' latents
             cotangents = {}
             for layer, f in graph.items():
@@ -142,10 +152,10 @@ class FrozenEncoder:
             if slope[~some].abs().amax() > 1e-5 * largest:
                 must_be = "a module whose output for each sample depends on this sample alone, with its rows together"
                 raise bad("layer", must_be, f"{list(graph)}, whose output for some samples depends on others too")
-        self._rows_independent = True
+        self._rows_checked.append(layout)
 
     def _is_all_diffusers(self) -> bool:
-        """Whether all code is diffusers'. There rows do not mix, and features have the dtype that computes them."""
+        """Whether all code is diffusers'. There samples do not mix, and products are in the weights' dtype."""
         return self._call is _by_name and all(map(_is_diffusers, self.view.modules()))
 
     @property
@@ -179,8 +189,8 @@ class FrozenEncoder:
             return
         self._watch.check()
         if self._watch.processor_replaced:
-            self._watch.processor_replaced = self._rows_independent = False
-            self._all_diffusers = self._is_all_diffusers()
+            self._watch.processor_replaced, self._all_diffusers = False, self._is_all_diffusers()
+            self._rows_checked, self._product_dtype_of = [], None
         # The user moves shared weights, and ``ncp.to(...)`` moves the copies.
         for modules, hint in ((self._owned, ": move its copies with ncp.to(device)"), (self._shared, "")):
             weight = next((p for module in modules.values() for p in module.parameters(recurse=False)), None)

@@ -84,9 +84,13 @@ def attach(error: Tensor, prediction: Tensor, slope: Tensor) -> Tensor:
 
 
 def check_reverse_mode(prediction: Tensor) -> None:
-    """Refuse forward-mode derivatives, which would come out as 0."""
-    if not torch.compiler.is_compiling() and unpack_dual(prediction).tangent is not None:
+    """Refuse forward-mode derivatives, which would come out as 0, and functional ones, which torch cannot take here."""
+    if torch.compiler.is_compiling():
+        return
+    if unpack_dual(prediction).tangent is not None:
         raise RuntimeError("ncp errors have reverse-mode derivatives only: model_pred must carry no tangent (jvp)")
+    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
+        raise RuntimeError("ncp errors must be computed outside of torch.func's transforms: call backward() instead")
 
 
 class _Attached(torch.autograd.Function):

@@ -142,6 +142,8 @@ class _Tap:
         the image's output is the one that it was in an earlier call.
         """
         outputs = output if isinstance(output, tuple) else (output,)
+        if isinstance(outputs[0], Tensor) and any(isinstance(x, tuple) for x in outputs[1:2]):
+            return outputs[0]  # a U-Net block's, some of which return another tensor after the skip connections
         places = [i for i, x in enumerate(outputs) if isinstance(x, Tensor)]
         if len(places) > 1:
             by_position = args[self.position] if self.position is not None and self.position < len(args) else None

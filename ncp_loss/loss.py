@@ -15,8 +15,8 @@ from .checks import (
     check_choice,
     check_count,
     check_flag,
-    check_generator,
     check_latents,
+    check_no_reference,
     check_pairs,
     check_timesteps,
     expand_timesteps,
@@ -26,7 +26,7 @@ from .encoder import FrozenEncoder, linearized
 from .error import Errors, attach, check_reverse_mode, feature_errors
 from .layers import Layers
 from .objectives import REDUCTIONS, reduce_batch
-from .schedule import NoiseSchedule, Step, check_noisy, check_step, draw_noise
+from .schedule import NoiseSchedule, Schedule, Step, check_noisy, check_step, draw_noise
 from .tensors import at_least_float32, chunks_of, joined, per_sample
 
 _NOISE = "target (noise, for a schedule that predicts epsilon)"
@@ -118,22 +118,30 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         super().__init__()
         if not isinstance(unet, nn.Module):
             raise bad("unet", "a torch.nn.Module", type(unet).__name__, TypeError)
-        check_step(step)
-        check_choice("difference", difference, DIFFERENCES)
-        check_choice("weighting", weighting, (None, "noise"))
-        check_choice("impl", impl, ("eager", "triton"))
-        check_count("chunk_size", chunk_size, "None or a positive int", None)
-        check_flag("normalize", normalize)
         check_flag("checkpoint", checkpoint)
         if call is not None and not callable(call):
             raise bad("call", "None or a function that calls the model", type(call).__name__, TypeError)
-        if impl == "triton":
-            importlib.import_module("ncp_loss.fused")  # raises here, not at the first step, where triton is missing
-        check_choice("reduction", reduction, REDUCTIONS)
         self.schedule = NoiseSchedule.from_scheduler(schedule)
         self.step, self.difference, self.reduction = step, difference, reduction
         self.normalize, self.weighting, self.impl, self.chunk_size = normalize, weighting, impl, chunk_size
+        self._check_options()
+        if impl == "triton":
+            importlib.import_module("ncp_loss.fused")  # raises here, not at the first step, where triton is missing
         self._encoder = FrozenEncoder(unet, layer, checkpoint=checkpoint, call=call)
+
+    def _check_options(self) -> None:
+        """Check the options here and in each call, since they are attributes, which may be set later."""
+        if torch.compiler.is_compiling():
+            return
+        check_step(self.step)
+        check_choice("difference", self.difference, DIFFERENCES)
+        check_choice("weighting", self.weighting, (None, "noise"))
+        check_choice("impl", self.impl, ("eager", "triton"))
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_count("chunk_size", self.chunk_size, "None or a positive int", None)
+        check_flag("normalize", self.normalize)
+        if not isinstance(self.schedule, Schedule):
+            raise bad("schedule", "a NoiseSchedule once the loss is built", type(self.schedule).__name__, TypeError)
 
     def forward(
         self,
@@ -152,8 +160,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         Returns:
             A 0-dim tensor, or (B,) with ``reduction="none"``, in float32 or better.
         """
-        for name in {"ref_pred", "pairs"} & model_kwargs.keys():
-            raise bad(name, "given to ncp.errors(...), which compares with a reference", "given to ncp(...)", TypeError)
+        check_no_reference(model_kwargs)
         inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
         errors = self.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
         return reduce_batch(errors.error, self.reduction)
@@ -206,11 +213,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         """
         # Each check relies on those before it.
         others = {"target": target, "model_pred": model_pred, "ref_pred": ref_pred, "variance_noise": variance_noise}
+        self._check_options()
         check_flag("pairs", pairs)
         check_latents("noisy_latents", noisy_latents, self._encoder.channels, pairs, **others)
         check_reverse_mode(model_pred)
         timesteps = expand_timesteps(timesteps, noisy_latents)
-        check_generator(generator)
         self._encoder.check_weights(noisy_latents)
         conditioning = self._encoder.conditioned(noisy_latents, encoder_hidden_states, model_kwargs)
         if pairs:

@@ -149,7 +149,8 @@ def relative_beta(ref_chosen_error: Tensor, ref_rejected_error: Tensor, kappa: f
     check_errors(ref_chosen_error=ref_chosen_error, ref_rejected_error=ref_rejected_error)
     kappa = check_number("kappa", kappa)
     mean = (ref_chosen_error.to(at_least_float32(ref_chosen_error)) + ref_rejected_error) / 2
-    return kappa / mean.nan_to_num(nan=1.0).clamp(*ERROR_RANGE)
+    limits = torch.finfo(mean.dtype)
+    return (kappa / mean.nan_to_num(nan=1.0).clamp(*ERROR_RANGE)).clamp(limits.tiny, limits.max)
 
 
 def _of_logits(logits: Tensor, loss_type: str, label_smoothing: float) -> Tensor:
@@ -425,7 +426,8 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
     """A positive number, or a tensor with one for each error, whose values are read on the host only."""
     must_be = "a positive number, or a tensor with one for each pair, (B,)"
     if not isinstance(beta, Tensor):
-        return check_number("beta", beta, must_be)
+        limits = torch.finfo(at_least_float32(errors))  # past these it would become infinite or 0
+        return check_number("beta", beta, must_be, lambda x: limits.tiny <= x <= limits.max)
     check_like("beta", beta, "the errors", errors)
     if values_are_free(beta) and not (beta.isfinite() & (beta > 0)).all():
         raise bad("beta", must_be, beta.tolist())

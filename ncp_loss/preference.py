@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import bad, check_like
+from .checks import bad, check_like, check_no_reference
 from .loss import NoiseConditionedPerceptualLoss
 from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, reduce_batch, relative_beta, sft_loss
 
@@ -75,7 +76,7 @@ def ncp_dpo_loss(
     if (ref_pred is None) == (ref_error is None):
         was = "both" if ref_error is not None else "neither"
         raise bad("ref_pred or ref_error", "given, and only one of them", was)
-    _check_loss(ncp)
+    _check_loss(ncp, model_kwargs)
     if kappa is not None and not (isinstance(beta, float) and beta == 2500.0):
         raise bad("beta", "left out where kappa is given, which takes its place", "given")
     if ref_error is not None and generator is None and ncp.step == "uniform":
@@ -140,7 +141,7 @@ def ncp_cpo_loss(
     tensor(0.6931)
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    _check_loss(ncp)
+    _check_loss(ncp, model_kwargs)
     error, _ = ncp.errors(*inputs, pairs=True, variance_noise=variance_noise, generator=generator, **model_kwargs)
     chosen, rejected = error.chunk(2)
     losses = cpo_loss(chosen, rejected, beta=beta, sft_weight=sft_weight, reduction="none")
@@ -183,12 +184,13 @@ def ncp_sft_loss(
     tensor(0.)
     """
     inputs = model_pred, target, noisy_latents, timesteps, encoder_hidden_states
-    _check_loss(ncp)
+    _check_loss(ncp, model_kwargs)
     error, _ = ncp.errors(*inputs, variance_noise=variance_noise, generator=generator, **model_kwargs)
     mean = error.detach().mean()
     return PreferenceOutput(sft_loss(error, reduction=reduction), {"loss": mean, "raw_model_loss": mean})
 
 
-def _check_loss(ncp: object) -> None:
+def _check_loss(ncp: object, model_kwargs: Mapping[str, object]) -> None:
+    check_no_reference(model_kwargs)
     if not callable(getattr(ncp, "errors", None)):
         raise bad("ncp", "a NoiseConditionedPerceptualLoss", type(ncp).__name__, TypeError)

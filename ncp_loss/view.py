@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
@@ -72,29 +72,30 @@ def twin_of(model: nn.Module, name: str = "unet") -> tuple[nn.Module, list[Link]
     links: list[Link] = []
     memo: dict[int, nn.Module] = {}
     view = _twin("", {"": unwrapped(model)}, "", name, memo, links)
-    _redirect(memo)
+    _redirect(list(dict.fromkeys(memo.values())), memo)
     return view, links
 
 
-def _redirect(twins: Mapping[int, nn.Module]) -> None:
-    """Let attributes of the twins that lead to the model's modules lead to their twins instead.
+def _redirect(modules: Collection[nn.Module], replaced: Mapping[int, Any]) -> None:
+    """Let attributes of the modules that lead to what has been replaced lead to what stands in its place.
 
-    These are lists and dictionaries of layers, and methods and partials of them that are kept. They would otherwise
-    lead out of the view.
+    These are lists and dictionaries of layers or weights, and methods and partials of layers that are kept. They would
+    otherwise lead out of the view. ``replaced`` has layers or weights by the originals' ids.
     """
-    own, memo = vars(nn.Module()).keys(), dict[int, Any](twins)  # a copy of what is known already is that
-    for twin in dict.fromkeys(twins.values()):
-        memo |= {id(tensor): tensor for tensor in (*twin._parameters.values(), *twin._buffers.values())}
-    for twin in dict.fromkeys(twins.values()):
-        for key, value in vars(twin).items():
-            if key not in own and _leads_to(value, twins, set()):
-                vars(twin)[key] = copy.deepcopy(value, memo)
+    own, memo = vars(nn.Module()).keys(), dict[int, Any]()  # what copy.deepcopy takes as copied already
+    for module in modules:
+        memo |= {id(x): x for x in (module, *module._parameters.values(), *module._buffers.values())}
+    memo |= replaced
+    for module in modules:
+        for key, value in vars(module).items():
+            if key not in own and _leads_to(value, replaced, set()):
+                vars(module)[key] = copy.deepcopy(value, memo)
 
 
-def _leads_to(value: Any, modules: Mapping[int, nn.Module], seen: set[int]) -> bool:
-    """Whether an attribute, which may contain itself, holds one of the modules somewhere."""
-    if isinstance(value, nn.Module):
-        return id(value) in modules
+def _leads_to(value: Any, replaced: Mapping[int, Any], seen: set[int]) -> bool:
+    """Whether an attribute, which may contain itself, holds something that has been replaced."""
+    if isinstance(value, nn.Module | Tensor):
+        return id(value) in replaced
     if isinstance(value, MethodType):
         inside: Iterable[Any] = (value.__self__,)
     elif isinstance(value, partial):
@@ -104,7 +105,7 @@ def _leads_to(value: Any, modules: Mapping[int, nn.Module], seen: set[int]) -> b
     if id(value) in seen:
         return False
     seen.add(id(value))
-    return any(_leads_to(item, modules, seen) for item in inside if not isinstance(item, int | float | str))
+    return any(_leads_to(item, replaced, seen) for item in inside if not isinstance(item, int | float | str))
 
 
 def own_trainable(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -131,6 +132,8 @@ def own_trainable(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module
                 tensors = vars(module)[home]
                 vars(module)[home] = {key: None if tensor is None else own(tensor) for key, tensor in tensors.items()}
             owned[name] = module
+    if copies:
+        _redirect(modules.values(), copies)
     return owned, {name: module for name, module in modules.items() if name not in owned}
 
 

@@ -407,6 +407,22 @@ def test_kappa_is_beta_by_the_references_errors_and_a_batch_in_parts_is_the_whol
         torch.testing.assert_close(alone, whole[rows[:2]], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("kappa", [1e-300, 1e10, 1e300])
+def test_a_relative_beta_is_positive_and_finite_for_every_error_and_kappa(kappa):
+    for error in (0.0, 1e-45, 1.0, 3e38, math.inf, math.nan):
+        beta = relative_beta(torch.tensor([error]), torch.tensor([error]), kappa)
+        assert beta.isfinite()
+        assert beta > 0
+
+
+@pytest.mark.parametrize("beta", [1e-300, 1e300])
+def test_a_beta_that_float32_cannot_hold_is_refused_where_errors_are_float32(beta):
+    e = torch.ones(2)
+    with pytest.raises(ValueError, match="beta must be a positive number"):
+        dpo_loss(e, e, e, e, beta=beta)
+    assert dpo_loss(*[e.double()] * 4, beta=beta).isfinite()
+
+
 @pytest.mark.parametrize("objective", [ncp_dpo_loss, ncp_cpo_loss, ncp_sft_loss])
 def test_the_metrics_are_the_same_whatever_the_reduction(objective):
     """So a batch that is reduced by "sum" still logs the mean loss."""

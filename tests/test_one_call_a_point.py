@@ -23,6 +23,7 @@ from models import batch, encoder_of, sd15, sdxl
 from torch import Tensor, nn
 
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
+from ncp_loss import ncp_cpo_loss, ncp_dpo_loss, ncp_sft_loss
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -208,6 +209,41 @@ def test_what_only_errors_takes_is_refused_by_the_call(name: str) -> None:
     value = {"ref_pred": arguments.pop("ref_pred"), "pairs": True}[name]
     with pytest.raises(TypeError, match=rf"{name} must be given to ncp.errors\(...\)"):
         NCP(unet)(**arguments, **{name: value})
+
+
+NO_USE = [(use, name) for use in (ncp_cpo_loss, ncp_sft_loss) for name in ("ref_pred", "ref_error", "pairs")]
+
+
+@pytest.mark.parametrize(("objective", "name"), [*NO_USE, (ncp_dpo_loss, "pairs")])
+def test_what_an_objective_does_not_use_is_refused(objective: Any, name: str) -> None:
+    unet = sd15()
+    arguments = batch(unet, pairs=True)
+    value = {"ref_pred": arguments["ref_pred"], "ref_error": torch.ones(4), "pairs": True}[name]
+    if objective is not ncp_dpo_loss:
+        del arguments["ref_pred"]
+    with pytest.raises(TypeError, match=rf"^{name} must be given to ncp.errors\(...\)"):
+        objective(NCP(unet), **arguments, **{name: value})
+
+
+WRONG_OPTIONS = {"weighting": "min_snr", "difference": "best", "chunk_size": -2, "reduction": "max", "impl": "cuda"}
+WRONG_OPTIONS |= {"step": 0, "normalize": 2, "schedule": DDPMScheduler()}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_an_option_that_is_set_later_is_checked_at_the_next_call(name: str) -> None:
+    unet = sd15()
+    ncp = NCP(unet)
+    setattr(ncp, name, WRONG_OPTIONS[name])
+    with pytest.raises((ValueError, TypeError), match=rf"^{name} must be"):
+        ncp.errors(**batch(unet))
+
+
+def test_functional_transforms_of_torch_are_refused_by_name() -> None:
+    unet = sd15()
+    arguments = batch(unet)
+    prediction = arguments.pop("model_pred").detach()
+    with pytest.raises(RuntimeError, match="ncp errors must be computed outside"):
+        torch.func.grad(lambda x: NCP(unet).errors(x, **arguments).error.sum())(prediction)
 
 
 def test_a_keyword_that_the_model_does_not_know_is_not_swallowed() -> None:

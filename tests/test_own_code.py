@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import diffusers
 import pytest
 import torch
 from models import batch, encoder_of, sd15, small
@@ -142,6 +143,31 @@ def test_processors_of_ones_own_that_mix_the_rows_of_a_diffusers_model_are_refus
                 of.errors(**given)
 
 
+def test_images_before_videos_do_not_hide_that_frames_are_taken_before_samples() -> None:
+    """With one frame rows are samples. Another number of rows a sample is looked at anew."""
+    ncp = NCP(made(FramesFirst), "c", schedule=SCHEDULE, call=lambda model, x, t: model(x, t))
+    x, t = torch.randn(2, 4, 1, 6, 6, dtype=torch.float64), torch.tensor([300, 700])
+    ncp(x.clone().requires_grad_(), x + 1, x, t)
+    clip = x.expand(-1, -1, 3, -1, -1)
+    with pytest.raises(ValueError, match="output for each sample depends on this sample alone"):
+        ncp(clip.clone().requires_grad_(), clip + 1, clip, t)
+
+
+def test_a_diffusers_model_with_as_many_tokens_as_samples_is_looked_at_too() -> None:
+    """ErnieImage has its tokens first, so (tokens, samples, width) then looks like (samples, tokens, width)."""
+    kind = getattr(diffusers, "ErnieImageTransformer2DModel", None)
+    if kind is None:
+        pytest.skip("diffusers has no ErnieImage")
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 32, "text_in_dim": 8}
+    torch.manual_seed(0)
+    model = kind(**sizes, in_channels=4, out_channels=4, rope_axes_dim=(4, 4, 4)).double().requires_grad_(False)
+    ncp = NCP(model, "layers.0", schedule=ncp_loss.FlowSchedule())
+    x, t = torch.randn(6, 4, 2, 2, dtype=torch.float64), torch.linspace(200, 800, 6)
+    text = {"text_bth": torch.randn(6, 2, 8, dtype=torch.float64), "text_lens": torch.full((6,), 2)}
+    with pytest.raises(ValueError, match="output for each sample depends on this sample alone"):
+        ncp(x.clone().requires_grad_(), x + 1, x, t, **text)
+
+
 def test_a_sample_alone_is_not_looked_at_and_the_next_batch_is() -> None:
     ncp = NCP(made(Net), "c", call=doubled)
     x, noise, pred = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -268,17 +294,20 @@ def test_short_vectors_follow_the_models_dtype_as_long_ones_do(of_model: str, of
 
 
 class Sized(Net):
-    def forward(self, x: Tensor, timestep: Tensor, original_size: Any = None, r: Any = None) -> Tensor:
-        more = (original_size.sum(1) + r).to(x.dtype)
+    def forward(self, x: Tensor, timestep: Tensor, r: Any = None, **sizes: Tensor) -> Tensor:
+        more = (sum(size.sum(1) for size in sizes.values()) + r).to(x.dtype)
         return self.c(self.a(x) * more.sin()[:, None, None, None])
 
 
-def test_sizes_and_times_reach_a_bfloat16_model_as_the_trainer_gives_them() -> None:
+@pytest.mark.parametrize(
+    "name", ["original_size", "sizes", "crop_coords", "resolutions", "positions", "indices", "ids"]
+)
+def test_sizes_and_times_reach_a_bfloat16_model_as_the_trainer_gives_them(name: str) -> None:
     model = made(Sized).bfloat16()
     x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
     sizes, r = torch.tensor([[1365.0, 765.0]] * 4), torch.tensor([999.25, 3.5, 2.0, 1.0])
-    found = NCP(model, "c").features(x, t, original_size=sizes, r=r)["c"]
-    assert torch.equal(found, model(x.bfloat16(), t, sizes, r))
+    found = NCP(model, "c").features(x, t, r=r, **{name: sizes})["c"]
+    assert torch.equal(found, model(x.bfloat16(), t, r=r, **{name: sizes}))
 
 
 # The dtype in which a model computes.
@@ -337,6 +366,40 @@ def test_autocast_around_the_loss_is_no_dtype_of_the_model_itself() -> None:
         ncp.errors(pred, target, x, t)
     ncp.errors(pred, target, x, t)
     assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
+
+
+class InDtype:
+    """An attention processor that computes in a dtype of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+        text = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            layer(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(self.dtype)
+            for layer, y in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text))
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+def test_the_dtype_of_a_processor_that_the_model_gets_later_is_seen() -> None:
+    def with_processor(dtype: torch.dtype, processor: Any) -> nn.Module:
+        unet = small(dtype)
+        unet.set_attn_processor(processor)
+        return unet
+
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0"
+    exact = with_processor(torch.float64, InDtype(torch.float64))
+    arguments = batch(exact, error=0.02)
+    truth = NCP(exact, layer).errors(**arguments).error
+    unet = with_processor(torch.float32, InDtype(torch.float32))
+    ncp = NCP(unet, layer)
+    narrow = {key: value.float() if value.is_floating_point() else value for key, value in arguments.items()}
+    ncp.errors(**narrow)
+    unet.set_attn_processor(InDtype(torch.bfloat16))
+    torch.testing.assert_close(ncp.errors(**narrow).error.double(), truth, rtol=0.05, atol=0)
 
 
 def test_a_model_that_is_converted_later_is_looked_at_again() -> None:
@@ -441,6 +504,30 @@ def test_what_leads_to_a_layer_from_outside_the_tree_of_modules_leads_to_the_vie
     assert all(vars(model)[name] is value for name, value in kept.items())
     adapted = get_peft_model(made(Stages, way), LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
     assert torch.equal(NCP(adapted, "c").features(x, t)["c"], wanted)
+
+
+class Gains(Net):
+    """A list of parameters, beside the place where torch knows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = nn.ParameterList([nn.Parameter(torch.ones(8, 1, 1))])
+        self.gains = [self.known[0]]
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.c((self.a(x) * self.gains[0]).sin())
+
+
+def test_a_list_of_parameters_leads_to_the_views_copies_while_the_model_trains() -> None:
+    model = made(Gains).requires_grad_()
+    pristine, view = copy.deepcopy(model), frozen_view(model)
+    ncp = NCP(model, "c", call=lambda m, x, t: m(x, t))
+    x, t = torch.randn(2, 4, 6, 6, dtype=torch.float64), torch.tensor([300, 700])
+    with torch.no_grad():
+        model.known[0].add_(1)
+    assert torch.equal(view(x, t), pristine(x, t))
+    assert torch.equal(ncp.features(x, t)["c"], pristine(x, t))
+    assert view.gains[0] is view.known[0] is not model.known[0]
 
 
 def test_an_attribute_may_contain_itself_and_one_of_wrapped_layers_leads_to_the_layers_inside() -> None:
@@ -691,6 +778,19 @@ def test_the_one_input_of_three_dimensions_is_the_image_and_a_tensor_behind_a_tu
     assert torch.equal(NCP(model, "l").features(x, t)["l"], model.a(x).sin())
     with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor"):
         NCP(made(HasBeside, "nested"), "l").features(x, t)
+
+
+def test_hidden_states_before_the_skip_connections_are_the_features_whatever_stands_behind() -> None:
+    """NCSN++'s down blocks return hidden states, skip connections and one tensor more."""
+    blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, **blocks)
+    unet.double().requires_grad_(False)
+    found: list[Tensor] = []
+    x, t = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 500])
+    features = NCP(unet).features(x, t)["down_blocks"]
+    unet.down_blocks[-1].register_forward_hook(lambda module, args, output: found.append(output[0]))
+    unet(x, t)
+    assert torch.equal(features, found[0])
 
 
 def test_features_are_kept_as_they_were_where_the_model_writes_to_them_on_its_way() -> None:

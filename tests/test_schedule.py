@@ -660,9 +660,31 @@ def test_a_generator_is_one_or_none() -> None:
         check_generator(5)
 
 
+def test_a_product_that_was_edited_where_it_is_small_counts() -> None:
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    product = scheduler.alphas_cumprod
+    product.mul_(torch.linspace(1, 0.9, len(product)))
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    torch.testing.assert_close(schedule.alpha(torch.arange(1000)).square().float(), product, rtol=1e-5, atol=0)
+    scheduler.alphas_cumprod[-1] = 1e-3  # more signal than a step before
+    with pytest.raises(
+        ValueError, match=r"^schedule must be a scheduler with good betas; it was DDPMScheduler: betas must"
+    ):
+        NoiseSchedule.from_scheduler(scheduler)
+
+
+def test_a_last_product_that_samplers_write_in_place_of_0_is_no_edit() -> None:
+    options = SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    for kind in (diffusers.EulerDiscreteScheduler, diffusers.DDIMScheduler):
+        assert NoiseSchedule.from_scheduler(kind(**options)).alpha(torch.tensor([999])) == 0
+
+
 def test_betas_of_two_dimensions_are_refused_whatever_a_schedulers_product_is() -> None:
     scheduler = diffusers.DDPMScheduler(**SD)
     scheduler.betas = scheduler.betas.reshape(2, 500)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.reshape(2, 500)
-    with pytest.raises(ValueError, match=r"^betas must be a 1-D sequence of values"):
+    wrong = (
+        r"^schedule must be a scheduler with good betas; it was DDPMScheduler: betas must be a 1-D .*shape \(2, 500\)"
+    )
+    with pytest.raises(ValueError, match=wrong):
         NoiseSchedule.from_scheduler(scheduler)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -18,8 +19,8 @@ from models import encoder_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from ncp_loss import FlowSchedule, NoiseSchedule, frozen_view, ncp_dpo_loss
 from ncp_loss import NoiseConditionedPerceptualLoss as NCP
-from ncp_loss import NoiseSchedule, frozen_view, ncp_dpo_loss
 
 CASES = [(name, layer) for name, family in FAMILIES.items() for layer in family.layers]
 CONDITIONING = ("model_pred", "ref_pred", "target", "noisy_latents", "timesteps")
@@ -159,6 +160,25 @@ def test_half_precision_keeps_error_and_gradient(name: str, dtype: torch.dtype) 
     torch.testing.assert_close(error, truth, rtol=0.1, atol=0)
     directions = [g / g.norm(dim=1, keepdim=True) for g in (gradient, true_gradient)]
     assert (directions[0] * directions[1]).sum(1).min() > (0.98 if dtype == torch.bfloat16 else 0.995)
+
+
+def test_a_layer_that_is_kept_in_float32_in_a_half_precision_model_gets_the_estimator_of_its_products() -> None:
+    """Wan's norms stay in float32 where from_pretrained loads it in bf16, and their inputs are products in bf16."""
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "freq_dim": 32}
+    torch.manual_seed(0)
+    exact = diffusers.WanTransformer3DModel(
+        **heads, in_channels=4, out_channels=4, text_dim=16, rope_max_seq_len=32, cross_attn_norm=True
+    )
+    exact.double().requires_grad_(False)
+    half = copy.deepcopy(exact)
+    for name, weight in half.named_parameters():
+        weight.data = weight.data.to(torch.float32 if "norm" in name else torch.bfloat16)
+    x, target, noise = (torch.randn(2, 4, 2, 8, 8, dtype=torch.float64) for _ in range(3))
+    t, text = torch.tensor([300.0, 700.0]), torch.randn(2, 5, 16, dtype=torch.float64)
+    schedule = FlowSchedule(3.0)
+    truth = NCP(exact, "blocks.1.norm2", schedule=schedule)(target + 0.02 * noise, target, x, t, text)
+    found = NCP(half, "blocks.1.norm2", schedule=schedule)(target + 0.02 * noise, target, x, t, text)
+    torch.testing.assert_close(found, truth, rtol=0.1, atol=0)
 
 
 def test_a_flow_step_is_the_schedulers_own_euler_step() -> None:

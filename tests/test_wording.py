@@ -80,7 +80,13 @@ def errors(id: str, message: str, error: type[Exception] = ValueError, **changes
 
 
 def pairs(id: str, message: str, error: type[Exception] = ValueError, use: Call = ncp_dpo_loss, **changes: Any) -> Bad:
-    return Bad(f"pairs {id}", lambda: use(ncp(), **changed(batch(unet(), pairs=True, **SIZE), changes)), message, error)
+    def call() -> Any:
+        arguments = batch(unet(), pairs=True, **SIZE)
+        if use is ncp_cpo_loss:
+            del arguments["ref_pred"]
+        return use(ncp(), **changed(arguments, changes))
+
+    return Bad(f"pairs {id}", call, message, error)
 
 
 def xl_errors(**changes: Any) -> Any:
