@@ -70,13 +70,15 @@ SETTINGS = [
     _other("early encoder", encoder="early", beds=("emoji",)),
     _other("weighting noise", weighting="noise"),
     *(_other(layer, layer=layer, beds=("emoji",)) for layer in ("down_blocks.0", "mid_block")),
-    *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (100, "clean", 10, 250, "uniform")),
+    _other("step clean", step="clean"),
+    *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (100, 10, 250, "uniform")),
     _other("up_blocks.0", layer="up_blocks.0", beds=("emoji",)),
     _other("normalize", normalize=True),
 ]
 TUNED_PER_PAIR = [
     Arm("latent DPO, tuned beta per pair", errors="latent", objective="relative", beds=("emoji",)),
     Arm("NCP-DPO, tuned beta per pair", objective="relative", beds=("emoji",)),
+    Arm("NCP-DPO, step clean, tuned beta per pair", step="clean", objective="relative", beds=("emoji",)),
 ]
 KAPPAS = [arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)]
 OBJECTIVES = [
