@@ -55,7 +55,7 @@ def _both(name: str, **options: Any) -> list[Arm]:
     """An arm with latent errors and one with perceptual ones, at the settings of the main arms."""
     return [
         Arm(f"latent {name}", inherits="latent DPO", errors="latent", **options),
-        Arm(f"NCP {name}", inherits="NCP-DPO", **options),
+        Arm(f"NCP-{name}", inherits="NCP-DPO", **options),
     ]
 
 
@@ -114,7 +114,7 @@ def rivals(name: str) -> list[str]:
     if arm.data == "pairs":
         twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
-        names += [a.name for a in ARMS if a.name == name.replace("NCP", "latent")]  # the same with latent errors
+        names += [a.name for a in ARMS if a.name == name.replace("NCP-", "latent ")]  # the same with latent errors
     elif arm in ON_CAPTIONS:
         names = [other.name for other in ON_CAPTIONS[:3]]
     else:

@@ -189,7 +189,7 @@ def main_rows(testbed: str) -> list[str]:
     for label, name in (("random encoder", main[3]), ("latent DPO, beta per pair,", "latent DPO, beta per pair")):
         if name in found:
             rows.append(f"| {label} over {ncp} | | {differences(found[name], ncp, MEASURED)} |")
-    ncp, latent = "NCP DPO, beta per pair", "latent DPO, beta per pair"
+    ncp, latent = "NCP-DPO, beta per pair", "latent DPO, beta per pair"
     if ncp in found:
         rows.append(
             f"| both with a beta per pair: NCP-DPO over {main[0]} | | {differences(found[ncp], latent, MEASURED)} |"

@@ -300,11 +300,11 @@ def test_an_arm_is_compared_with_arms_on_the_same_data_with_its_nearest_first():
     assert rivals("NCP-DPO")[0] == "latent DPO"
     assert rivals("NCP-DPO, random encoder")[0] == "NCP-DPO"
     assert rivals("NCP-CPO")[0] == "latent CPO"
-    assert rivals("NCP DPO, beta per pair")[-1] == "latent DPO, beta per pair"
+    assert rivals("NCP-DPO, beta per pair")[-1] == "latent DPO, beta per pair"
     assert rivals("NCP-DPO, mid_block")[0] == "NCP-DPO"
     assert rivals("latent DPO, kappa 8")[0] == "latent DPO"
     assert rivals("NCP-DPO, caption pairs")[0] == "latent DPO, caption pairs"
-    assert rivals("NCP DPO, winners, flipped")[0] == "NCP DPO, all, flipped"
+    assert rivals("NCP-DPO, winners, flipped")[0] == "NCP-DPO, all, flipped"
 
 
 def test_only_arms_with_another_kappa_train_as_their_main_arm_does_where_that_has_it_too():

@@ -594,6 +594,19 @@ def test_a_module_of_ones_own_is_no_wrapper_whatever_its_children_are_called(nam
     assert_right(made(Preconditioned, *names), f"{names[0]}.c")
 
 
+@pytest.mark.parametrize("package", ["timm.models.unet", "megatron.core.unet", "torch_xla.models"])
+def test_a_model_of_a_package_that_has_wrappers_is_none_if_it_has_other_children(package: str) -> None:
+    kind = type("Model", (Net,), {"__module__": package})
+    assert_right(made(kind))
+
+
+@pytest.mark.parametrize("merged", [["a layer"], 2, "yes", lambda: True])
+def test_an_attribute_called_merged_that_is_no_flag_is_no_merged_adapter(merged: Any) -> None:
+    model = made(Net)
+    model.b.merged = merged
+    assert_right(model)
+
+
 def test_a_tensor_whose_name_begins_a_parameters_is_no_weight_made_by_a_hook() -> None:
     class Table(Net):
         def __init__(self) -> None:
