@@ -9,10 +9,11 @@ import torch
 from programs import ROOT, called, started
 from safetensors.torch import load_file
 
+from benchmarks import demo as demo_of_five_seeds
 from examples import demo, quickstart, train_digits
 
 slow = pytest.mark.slow
-TINY = ["--steps", 2, "--pairs", 10, "--batch", 2, "--held-out", 20, "--out"]
+TINY = [*demo_of_five_seeds.TINY, "--out"]
 
 
 @pytest.fixture(scope="module")
