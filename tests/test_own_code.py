@@ -153,6 +153,69 @@ def test_images_before_videos_do_not_hide_that_frames_are_taken_before_samples()
         ncp(clip.clone().requires_grad_(), clip + 1, clip, t)
 
 
+class SamplesFirst(Net):
+    """Clips (B, C, F, H, W), of which each one's frames follow one another."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.c(self.a(x.transpose(1, 2).flatten(0, 1)).sin())
+
+
+def test_only_the_first_training_step_with_a_number_of_rows_a_sample_runs_more_backward_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        passes.append(1)
+        return torch.autograd.backward_of(*args, **options)
+
+    def passes_of(ncp: NCP, batch: int, *frames: int, channels: int = 4) -> int:
+        passes.clear()
+        x = torch.randn(batch, channels, *frames, 8, 8, dtype=torch.float64)
+        ncp(x.clone().requires_grad_(), x + 1, x, torch.tensor([300] * batch))
+        return len(passes)
+
+    monkeypatch.setattr(torch.autograd, "backward_of", torch.autograd.grad, raising=False)
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    clips = NCP(made(SamplesFirst), "c", schedule=SCHEDULE, call=lambda model, x, t: model(x, t))
+    assert [passes_of(clips, *size) for size in ((2, 3), (2, 3), (4, 3), (2, 5), (3, 5), (5, 3))] == [3, 1, 1, 3, 1, 1]
+    options = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = diffusers.UNet2DModel(**options, norm_num_groups=8).double().requires_grad_(False)
+    assert passes_of(NCP(unet), 2, channels=3) == 1
+
+
+class Pooled(Net):
+    """Two numbers for each sample, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.head = nn.Flatten(0), nn.Identity()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.head(self.flat(self.a(x).sin().mean((2, 3))[:, :2]))
+
+
+@pytest.mark.parametrize("layer", ["flat", "head"])
+def test_features_of_one_dimension_are_grouped_by_sample(layer: str) -> None:
+    model = made(Pooled)
+    x, t = inputs(4, 8)[2], torch.tensor([300] * 4)
+    assert torch.equal(NCP(model, layer).features(x, t)[layer], model(x, t).unflatten(0, (4, 2)))
+
+
+def test_the_features_of_the_last_layer_are_the_models_own_tensor_and_no_copy() -> None:
+    class Shown(nn.Conv2d):
+        shown: list[Tensor] = []  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shown.append(super().forward(x))
+            return self.shown[-1]
+
+    model = made(Net)
+    model.b = Shown(8, 8, 1).double().requires_grad_(False)
+    features = NCP(model, ["a", "b"]).features(inputs(4, 8)[2], torch.tensor([300] * 4))
+    assert features["b"] is Shown.shown[0]
+
+
 def test_a_diffusers_model_with_as_many_tokens_as_samples_is_looked_at_too() -> None:
     """ErnieImage has its tokens first, so (tokens, samples, width) then looks like (samples, tokens, width)."""
     kind = getattr(diffusers, "ErnieImageTransformer2DModel", None)
@@ -765,6 +828,32 @@ def test_a_stream_that_was_clear_once_is_known_where_text_and_image_are_of_one_l
     assert [len(module._forward_hooks) for module in encoder_of(ncp).view.modules()] == hooks
     ncp.features(x, t, text=text)
     assert torch.equal(ncp.features(x, t, text=text[:, :4])["c"], model(x, t, text[:, :4]))
+
+
+class Unclear(nn.Module):
+    """Two streams, given without a name that tells which is the image's, and modules that return 1 to 3 dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.rows, self.image = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.flat(x.mean((1, 2))) + self.rows(x.mean(2)).mean(1)
+        return text, self.image(scale[:, None, None] * x)
+
+
+def test_of_the_modules_inside_one_with_unclear_streams_those_that_return_tokens_or_images_are_named() -> None:
+    class Blocks(Text):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = Unclear()
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
+            return self.c(self.a(x.flatten(2).mT), text)[1]
+
+    x, t = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.tensor([300, 700])
+    with pytest.raises(ValueError, match=r"^layer must be .*, as inside it 'c\.image'; it was 'c'"):
+        NCP(made(Blocks), "c").features(x, t, text=torch.randn(2, 9, 8, dtype=torch.float64))
 
 
 class Beside(nn.Module):
