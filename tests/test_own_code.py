@@ -569,6 +569,26 @@ def test_what_leads_to_a_layer_from_outside_the_tree_of_modules_leads_to_the_vie
     assert torch.equal(NCP(adapted, "c").features(x, t)["c"], wanted)
 
 
+def test_a_list_of_a_layer_and_its_weight_leads_to_the_views_layer_and_the_shared_weight() -> None:
+    model = made(Net)
+    model.both = [model.a, model.a.weight, model.b.bias]
+    view = frozen_view(model)
+    assert view.both[0] is view.a is not model.a
+    assert view.both[1] is model.a.weight
+    assert view.both[2] is model.b.bias
+
+
+def test_a_buffer_of_a_class_with_any_name_is_shared() -> None:
+    class table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("values", torch.ones(3))
+
+    model = made(Net)
+    model.d = table()
+    assert frozen_view(model).d.values is model.d.values
+
+
 class Gains(Net):
     """A list of parameters, beside the place where torch knows them."""
 

@@ -312,6 +312,43 @@ def test_targeted_parameters_of_peft_are_no_alarm_however_long_they_train(make: 
         use(made, arguments)
 
 
+class Experts(nn.Module):
+    """A layer with two weights of its own, as those of a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return (x @ self.one).sin() @ self.two
+
+
+def test_two_targeted_parameters_of_one_layer_are_no_alarm() -> None:
+    """PEFT's layer for the second wraps that for the first."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"c": Experts()}).requires_grad_(False)
+    model = Called(base)
+    x, t = torch.randn(2, 4, dtype=torch.float64), torch.tensor([300, 700])
+    expected = model(x, t)
+    targets = ["base.c.one", "base.c.two"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    ncp, reads = NCP(adapted, "base.c", call=lambda model, x, t: model(x, t)), Reads()
+    for _ in range(3):
+        adapted(x, t)
+        with reads:
+            assert torch.equal(ncp.features(x, t)["base.c"], expected)
+    assert reads.count == 0
+
+
+class Called(nn.Module):
+    def __init__(self, base: nn.ModuleDict) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.base["c"](x, timestep)
+
+
 def with_batch_norm(unet: nn.Module) -> None:
     unet.down_blocks[0].resnets[0].norm1 = nn.BatchNorm2d(8, dtype=unet.dtype)
 
