@@ -358,8 +358,8 @@ def test_short_vectors_follow_the_models_dtype_as_long_ones_do(of_model: str, of
 
 class Sized(Net):
     def forward(self, x: Tensor, timestep: Tensor, r: Any = None, **sizes: Tensor) -> Tensor:
-        more = (sum(size.sum(1) for size in sizes.values()) + r).to(x.dtype)
-        return self.c(self.a(x) * more.sin()[:, None, None, None])
+        more = (sum(size.sum(1) for size in sizes.values()) + r).float().sin().to(x.dtype)
+        return self.c(self.a(x) * more[:, None, None, None])
 
 
 @pytest.mark.parametrize(
