@@ -104,8 +104,9 @@ ARMS = [*MAIN, *SETTINGS, *TUNED_PER_PAIR, *ON_CAPTIONS, *BY_DATA, *OBJECTIVES, 
 
 
 def same_training(one: Arm, other: Arm) -> bool:
-    """Whether two arms differ in nothing but their names and in where their rate and kappa come from."""
-    return one._replace(name="", inherits="", kappa=None) == other._replace(name="", inherits="", kappa=None)
+    """Whether two arms differ in nothing but their names, testbeds and where their rate and kappa come from."""
+    blank: dict[str, Any] = {"name": "", "inherits": "", "kappa": None, "beds": ()}
+    return one._replace(**blank) == other._replace(**blank)
 
 
 def rivals(name: str) -> list[str]:
