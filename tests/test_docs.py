@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.compute import COMPUTES
 from benchmarks.evidence import FRESH, against_nearest, verdict
-from benchmarks.evidence_arms import MAIN
+from benchmarks.evidence_arms import MAIN, TUNED_PER_PAIR
 from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
@@ -160,8 +160,24 @@ def test_the_page_on_beta_shows_the_committed_figures_and_a_relative_beta_is_ahe
         assert min(relative) > max(others)
 
 
-MEASURED = ("mean reward", "reward at equal FLOPs", "undamaged reward", "reward at kept diversity")
-SETTLED = ("mean reward", "undamaged reward")  # what settings are compared by
+SETTLED = ("mean reward", "reward at equal FLOPs", "undamaged reward")
+MEASURED = {"emoji": SETTLED, "digits": (*SETTLED, "reward at kept diversity")}
+# What the page compares: a label, an arm and its rival.
+LATENT, NCP, TIMES_B2, RANDOM = (arm.name for arm in MAIN)
+LATENT_TUNED, NCP_TUNED, CLEAN_TUNED = (arm.name for arm in TUNED_PER_PAIR)
+COMPARED = [
+    (f"{NCP} over {LATENT}", NCP, LATENT),
+    (f"{NCP} over {TIMES_B2}", NCP, TIMES_B2),
+    (f"{TIMES_B2}, over {LATENT}", TIMES_B2, LATENT),
+    (f"random encoder over {TIMES_B2}", RANDOM, TIMES_B2),
+    (f"random encoder over {NCP}", RANDOM, NCP),
+    (f"{LATENT}, beta per pair, over {LATENT}", f"{LATENT}, beta per pair", LATENT),
+    (f"{LATENT}, beta per pair, over {NCP}", f"{LATENT}, beta per pair", NCP),
+    (f"{NCP}, beta per pair, over {NCP}", f"{NCP}, beta per pair", NCP),
+    (f"{NCP} over {LATENT}, both with a beta per pair", f"{NCP}, beta per pair", f"{LATENT}, beta per pair"),
+    (f"{NCP} over {LATENT}, both with a tuned beta per pair", NCP_TUNED, LATENT_TUNED),
+    (f"{NCP} with step clean over {LATENT}, both with a tuned beta per pair", CLEAN_TUNED, LATENT_TUNED),
+]
 
 
 def differences(of: dict, other: str, measures: tuple[str, ...]) -> str:
@@ -171,36 +187,20 @@ def differences(of: dict, other: str, measures: tuple[str, ...]) -> str:
 
 def main_rows(testbed: str) -> list[str]:
     """The tuned arms with DPO, and what one is over another."""
-    study, main = result(f"evidence-{testbed}"), [arm.name for arm in MAIN]
+    study, measures, rows = result(f"evidence-{testbed}"), MEASURED[testbed], []
     found = {of["arm"]: of for of in study["summary"] if of["seeds"] == len(FRESH)}
-    rows = []
-    for name in filter(found.__contains__, main):
+    for name in (arm.name for arm in [*MAIN, *TUNED_PER_PAIR] if arm.name in found):
         settings = "{lr:g}, {kappa:g}".format(**study["tuned"][name])
-        cells = (f"{found[name][measure]:.3f} ± {found[name][f'{measure} ±']:.3f}" for measure in MEASURED)
+        cells = (f"{found[name][measure]:.3f} ± {found[name][f'{measure} ±']:.3f}" for measure in measures)
         rows.append(f"| {name} | {settings} | {' | '.join(cells)} |")
-    ncp, others = main[1], (main[0], main[2])
-    rows += [
-        f"| {ncp} over {other} | | {differences(found[ncp], other, MEASURED)} |" for other in others if other in found
-    ]
-    if main[2] in found:
-        rows.append(f"| {main[2]}, over {main[0]} | | {differences(found[main[2]], main[0], MEASURED)} |")
-        if main[3] in found:
-            rows.append(f"| random encoder over {main[2]} | | {differences(found[main[3]], main[2], MEASURED)} |")
-    for label, name in (("random encoder", main[3]), ("latent DPO, beta per pair,", "latent DPO, beta per pair")):
-        if name in found:
-            rows.append(f"| {label} over {ncp} | | {differences(found[name], ncp, MEASURED)} |")
-    ncp, latent = "NCP-DPO, beta per pair", "latent DPO, beta per pair"
-    if ncp in found:
-        rows.append(
-            f"| both with a beta per pair: NCP-DPO over {main[0]} | | {differences(found[ncp], latent, MEASURED)} |"
-        )
-    return rows
+    compared = [(label, found[name], rival) for label, name, rival in COMPARED if {name, rival} <= found.keys()]
+    return rows + [f"| {label} | | {differences(of, rival, measures)} |" for label, of, rival in compared]
 
 
 def setting_rows(testbed: str) -> list[str]:
     """All other arms, each against the one that it is most like."""
     whole = [of for of in result(f"evidence-{testbed}")["summary"] if of["seeds"] == len(FRESH)]
-    main = [arm.name for arm in MAIN]
+    main = [arm.name for arm in [*MAIN, *TUNED_PER_PAIR]]
     found = [(of, nearest) for of, nearest in against_nearest(whole) if of["arm"] not in main]
     return [f"| {of['arm']} | {nearest} | {differences(of, nearest, SETTLED)} |" for of, nearest in found]
 

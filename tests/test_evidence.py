@@ -302,17 +302,19 @@ def test_an_arm_is_compared_with_arms_on_the_same_data_with_its_nearest_first():
     assert rivals("NCP-CPO")[0] == "latent CPO"
     assert rivals("NCP-DPO, beta per pair")[-1] == "latent DPO, beta per pair"
     assert rivals("NCP-DPO, mid_block")[0] == "NCP-DPO"
+    assert rivals("NCP-DPO, step clean")[-1] == "latent DPO, times B² of step clean"
     assert rivals("latent DPO, kappa 8")[0] == "latent DPO"
     assert rivals("NCP-DPO, caption pairs")[0] == "latent DPO, caption pairs"
     assert rivals("NCP-DPO, winners, flipped")[0] == "NCP-DPO, all, flipped"
 
 
-def test_only_arms_with_another_kappa_train_as_their_main_arm_does_where_that_has_it_too():
+def test_only_arms_with_another_kappa_or_a_tuned_one_train_as_another_arm_does_where_that_has_it_too():
     for arm in ARMS:
         twins = {other.name for other in ARMS if same_training(arm, other)} - {arm.name}
         main = "latent DPO" if arm.errors == "latent" else "NCP-DPO"
         assert (main in twins) == (", kappa " in arm.name), arm.name
-        assert twins == set() or ", kappa " in arm.name or arm.name == main
+        kappas = ", kappa " in arm.name or arm.name == main
+        assert kappas or twins <= {f"{main}, beta per pair", f"{main}, tuned beta per pair"}
 
 
 @pytest.mark.slow
