@@ -72,6 +72,7 @@ SETTINGS = [
     *(_other(layer, layer=layer, beds=("emoji",)) for layer in ("down_blocks.0", "mid_block")),
     _other("step clean", step="clean"),
     Arm("latent DPO, times B² of step clean", inherits="latent DPO, times B²", errors="latent B2", step="clean"),
+    _other("step clean, beta per pair", step="clean", objective="relative", beds=("digits",)),
     *(_other(f"step {step}", step=step, beds=("emoji",)) for step in (100, 10, 250, "uniform")),
     _other("up_blocks.0", layer="up_blocks.0", beds=("emoji",)),
     _other("normalize", normalize=True),
@@ -116,6 +117,7 @@ def rivals(name: str) -> list[str]:
     if arm.data == "pairs":
         twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
+        names += ["latent DPO, beta per pair"]  # the cheapest of the good ones
         names += [a.name for a in ARMS if a.name == name.replace("NCP-", "latent ")]  # the same with latent errors
         weighted = ("latent B2", arm.step, arm.objective, arm.data)
         names += [a.name for a in ARMS if (a.errors, a.step, a.objective, a.data) == weighted]

@@ -175,6 +175,9 @@ COMPARED = [
     (f"{LATENT}, beta per pair, over {NCP}", f"{LATENT}, beta per pair", NCP),
     (f"{NCP}, beta per pair, over {NCP}", f"{NCP}, beta per pair", NCP),
     (f"{NCP} over {LATENT}, both with a beta per pair", f"{NCP}, beta per pair", f"{LATENT}, beta per pair"),
+    (f"{NCP} with step clean over {LATENT}", f"{NCP}, step clean", LATENT),
+    (f"the same over {LATENT}, beta per pair", f"{NCP}, step clean", f"{LATENT}, beta per pair"),
+    (f"the same over {LATENT}, times B² of step clean", f"{NCP}, step clean", f"{LATENT}, times B² of step clean"),
     (f"{NCP} over {LATENT}, both with a tuned beta per pair", NCP_TUNED, LATENT_TUNED),
     (f"{NCP} with step clean over {LATENT}, both with a tuned beta per pair", CLEAN_TUNED, LATENT_TUNED),
 ]
