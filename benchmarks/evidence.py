@@ -31,6 +31,7 @@ TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
 COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True))
+ALSO_DRAWN = {"latent DPO, beta per pair": report.BLACK, "NCP-DPO, step clean": report.GREEN}
 MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
 KEPT_DIVERSITY = 0.6  # of the base model's
 LEVEL, LEAST = 0.03, 0.02  # within what arms are level, and the least difference that counts
@@ -275,10 +276,11 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
         "match": "share of samples that match the request",
         "diversity": "diversity, over that of real images",
     }
-    figure, axes = report.new_figure(columns=len(keys), width=9.5, height=3.4)
-    chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in COLORS]
+    figure, axes = report.new_figure(columns=len(keys), width=9.5, height=3.8)
+    colors = COLORS | ALSO_DRAWN
+    chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in colors]
     for (key, label), axis in zip(keys.items(), axes, strict=True):
-        for name, color in COLORS.items():
+        for name, color in colors.items():
             ours = [run["points"] for run in chosen if run["arm"] == name]
             for points in ours:
                 axis.plot(*_curve([points], key), color=color, lw=0.8, alpha=0.35)
@@ -287,16 +289,17 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
                 axis.plot(*_curve(whole, key), color=color, lw=2.2, marker="o", ms=4, label=name)
         axis.set(xlabel=label, ylabel="mean held-out reward")
     axes[0].set_xlim(0)
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(f"{testbed.capitalize()}: thick lines are means over seeds, thin ones the seeds", fontsize=10)
     report.save_figure(path, figure)
 
 
 def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
     """The difference of each arm to its nearest rival: mean over seeds, 95% interval, and where arms count as level."""
-    titles = {"mean reward": "speed: mean reward over training", "undamaged reward": "best undamaged reward"}
+    titles = {"mean reward": "speed: mean reward\nover training", "undamaged reward": "best undamaged\nreward"}
     found = against_nearest([row for row in rows if row["seeds"] > 1])
-    figure, axes = report.new_figure(columns=len(titles), width=9.5, height=1.0 + 0.27 * len(found))
+    figure, axes = report.new_figure(columns=len(titles), width=11, height=1.2 + 0.27 * len(found))
     places = range(len(found))
     for (name, title), axis in zip(titles.items(), axes, strict=True):
         axis.axvspan(-LEVEL, LEVEL, color=report.GREY, alpha=0.15, lw=0)
@@ -313,7 +316,7 @@ def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
         handles=[Line2D([], [], marker="o", color=color, label=name) for name, color in VERDICTS.items()],
         frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
     )  # fmt: skip
-    figure.suptitle(f"{testbed.capitalize()}: one arm minus another, 95% intervals over seeds", fontsize=10)
+    figure.suptitle(f"{testbed.capitalize()}: one method minus another, 95% intervals over seeds", fontsize=10)
     report.save_figure(path, figure)
 
 

@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 import ncp_loss
 
-RED, BLUE, GREEN, ORANGE, GREY = "#c53030", "#2b6cb0", "#2f855a", "#dd8a2b", "#8a8f98"
+RED, BLUE, GREEN, ORANGE, GREY, BLACK = "#c53030", "#2b6cb0", "#2f855a", "#dd8a2b", "#8a8f98", "#1a202c"
 Row = Mapping[str, Any]
 
 

@@ -174,6 +174,7 @@ COMPARED = [
     (f"{LATENT}, beta per pair, over {LATENT}", f"{LATENT}, beta per pair", LATENT),
     (f"{LATENT}, beta per pair, over {NCP}", f"{LATENT}, beta per pair", NCP),
     (f"{NCP}, beta per pair, over {NCP}", f"{NCP}, beta per pair", NCP),
+    (f"{NCP}, beta per pair, over {LATENT}", f"{NCP}, beta per pair", LATENT),
     (f"{NCP} over {LATENT}, both with a beta per pair", f"{NCP}, beta per pair", f"{LATENT}, beta per pair"),
     (f"{NCP} with step clean over {LATENT}", f"{NCP}, step clean", LATENT),
     (f"the same over {LATENT}, beta per pair", f"{NCP}, step clean", f"{LATENT}, beta per pair"),
