@@ -198,7 +198,7 @@ def main_rows(testbed: str) -> list[str]:
         cells = (f"{found[name][measure]:.3f} ± {found[name][f'{measure} ±']:.3f}" for measure in measures)
         rows.append(f"| {name} | {settings} | {' | '.join(cells)} |")
     compared = [(label, found[name], rival) for label, name, rival in COMPARED if {name, rival} <= found.keys()]
-    return rows + [f"| {label} | | {differences(of, rival, measures)} |" for label, of, rival in compared]
+    return rows + [f"| {label} | {differences(of, rival, measures)} |" for label, of, rival in compared]
 
 
 def setting_rows(testbed: str) -> list[str]:
