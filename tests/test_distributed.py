@@ -280,7 +280,7 @@ def accumulated(build: Build) -> Numbers:
             out = preference(wrapped, ncp, reference, rows(arguments, *which), reduction="sum")
             accelerator.backward(out.loss * scale)
         for name, value in out.metrics.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value * (1 if name == "loss" else len(which))
+            sums[name] = sums.get(name, torch.zeros(())) + value * len(which)
     metrics = {name: value / total for name, value in accelerator.reduce(sums, "sum").items()}
     return numbers(out._replace(metrics=metrics), model)
 
