@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_map
 
 from .checks import bad, check_floating, check_numbers, check_rows
 
+# How the names of what holds numbers end, but for an s. Half precision would round them.
+_NUMBERS = ("size", "coord", "resolution", "position", "index", "indice")
+
 
 class Conditioning:
     """Checks what the model is given, before the model would fail on it.
@@ -102,9 +105,7 @@ def prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, 
         return value
     value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
-        number = name.rstrip("s").endswith(
-            ("size", "coord", "resolution", "position", "index", "indice")
-        ) or value.shape == (batch,)
+        number = name.rstrip("s").endswith(_NUMBERS) or value.shape == (batch,)
         wide = value.dtype == trainer_dtype and not number
         follows = name == "encoder_hidden_states" or wide or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value

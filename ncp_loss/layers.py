@@ -142,7 +142,7 @@ class _Tap:
         the image's output is the one that it was in an earlier call.
         """
         outputs = output if isinstance(output, tuple) else (output,)
-        if isinstance(outputs[0], Tensor) and any(isinstance(x, tuple) for x in outputs[1:2]):
+        if len(outputs) > 1 and isinstance(outputs[0], Tensor) and isinstance(outputs[1], tuple):
             return outputs[0]  # a U-Net block's, some of which return another tensor after the skip connections
         places = [i for i, x in enumerate(outputs) if isinstance(x, Tensor)]
         if len(places) > 1:
@@ -183,18 +183,18 @@ class _Tap:
 
 def tapped(view: nn.Module, ends: Mapping[str, str], later: Mapping[str, nn.Module]) -> Pass:
     """Put a tap on each wanted layer, and a guard on each module that should not run; the pass that they serve."""
-    forward = Pass(len(ends))
+    state = Pass(len(ends))
     for layer, end in ends.items():
         module = view.get_submodule(end)
-        module.register_forward_hook(_Tap(layer, forward, module), with_kwargs=True)
+        module.register_forward_hook(_Tap(layer, state, module), with_kwargs=True)
     for name, module in later.items():
-        module.register_forward_pre_hook(partial(_out_of_order, name=name, forward=forward))
-    return forward
+        module.register_forward_pre_hook(partial(_out_of_order, name=name, state=state))
+    return state
 
 
-def _out_of_order(module: nn.Module, args: Any, name: str, forward: Pass) -> None:
+def _out_of_order(module: nn.Module, args: Any, name: str, state: Pass) -> None:
     """A pre-hook that refuses a module which should run later only: its weights are neither copied nor watched."""
-    if forward.kept is not None and len(forward.kept) < forward.wanted:
+    if state.kept is not None and len(state.kept) < state.wanted:
         must_be = f"a module that has run when {name!r} begins, as in diffusers' models of such names"
         raise bad("layer", must_be, "one that runs later")
 

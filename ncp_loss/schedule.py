@@ -100,6 +100,22 @@ def _version(tensor: object) -> int:
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
 
 
+def _checked_betas(betas: Tensor | Sequence[float]) -> Tensor:
+    """Betas in float64 on the host, of which a product can be made."""
+    must_be = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1"
+    if isinstance(betas, Tensor):
+        check_floating("betas", betas)
+    try:
+        b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
+        good = b.ndim == 1 and len(b) > 0 and bool(((1 - b < 1) & (b <= 1)).all())
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, a ragged list, values that are not there
+        raise bad("betas", must_be, type(betas).__name__, TypeError) from None
+    if not good:
+        span = f" from {b.min().item():g} to {b.max().item():g}" if b.numel() else ""
+        raise bad("betas", must_be, f"of shape {tuple(b.shape)}, with values{span}")
+    return b
+
+
 def _betas(scheduler: Any) -> Tensor:
     """A scheduler's betas, or those that belong to its ``alphas_cumprod`` where this is not the betas' product."""
     betas, product = check_floating("schedule.betas", scheduler.betas), getattr(scheduler, "alphas_cumprod", None)
@@ -177,11 +193,10 @@ class Schedule(ABC):
         else:
             betas = _betas(scheduler)
             try:
-                schedule = NoiseSchedule(betas, read.prediction_type)
+                betas = _checked_betas(betas)
             except ValueError as error:
-                if not str(error).startswith("betas"):
-                    raise
                 raise bad("schedule", "a scheduler with good betas", f"{type(scheduler).__name__}: {error}") from None
+            schedule = NoiseSchedule(betas, read.prediction_type)
         schedule._scheduler, schedule._read = scheduler, read
         return schedule
 
@@ -323,18 +338,7 @@ class NoiseSchedule(Schedule):
 
     def __init__(self, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> None:
         super().__init__(prediction_type, PREDICTION_TYPES)
-        must_be = "a 1-D sequence of values in (0, 1], none so small that 1 - beta = 1"
-        if isinstance(betas, Tensor):
-            check_floating("betas", betas)
-        try:
-            b = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
-            good = b.ndim == 1 and len(b) > 0 and bool(((1 - b < 1) & (b <= 1)).all())
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # text, a ragged list, values that are not there
-            raise bad("betas", must_be, type(betas).__name__, TypeError) from None
-        if not good:
-            span = f" from {b.min().item():g} to {b.max().item():g}" if b.numel() else ""
-            raise bad("betas", must_be, f"of shape {tuple(b.shape)}, with values{span}")
-        squared = torch.cumprod(1 - b, 0)
+        squared = torch.cumprod(1 - _checked_betas(betas), 0)
         if prediction_type == "epsilon" and squared[-1] == 0:
             must_be = "'v_prediction' or 'sample' for a schedule with zero terminal SNR"
             raise bad("prediction_type", f"{must_be} (where alpha = 0, noise tells no x_0)", "'epsilon'")

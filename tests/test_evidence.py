@@ -313,8 +313,8 @@ def test_only_arms_with_another_kappa_or_a_tuned_one_train_as_another_arm_does_w
         twins = {other.name for other in ARMS if same_training(arm, other)} - {arm.name}
         main = "latent DPO" if arm.errors == "latent" else "NCP-DPO"
         assert (main in twins) == (", kappa " in arm.name), arm.name
-        kappas = ", kappa " in arm.name or arm.name == main
-        assert kappas or all(twin.endswith("beta per pair") for twin in {arm.name, *twins} if twins), arm.name
+        per_pair = all(name.endswith("beta per pair") for name in {arm.name, *twins})
+        assert twins == set() or ", kappa " in arm.name or arm.name == main or per_pair
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from families import of_diffusers
 from models import batch, encoder_of, sd15, small
 from peft import LoraConfig, get_peft_model
 from test_conditioning import Sharpened, load_ip_adapters, t2i
@@ -165,9 +166,11 @@ def test_only_the_first_training_step_with_a_number_of_rows_a_sample_runs_more_b
 ) -> None:
     passes: list[int] = []
 
+    grad = torch.autograd.grad
+
     def counted(*args: Any, **options: Any) -> Any:
         passes.append(1)
-        return torch.autograd.backward_of(*args, **options)
+        return grad(*args, **options)
 
     def passes_of(ncp: NCP, batch: int, *frames: int, channels: int = 4) -> int:
         passes.clear()
@@ -175,7 +178,6 @@ def test_only_the_first_training_step_with_a_number_of_rows_a_sample_runs_more_b
         ncp(x.clone().requires_grad_(), x + 1, x, torch.tensor([300] * batch))
         return len(passes)
 
-    monkeypatch.setattr(torch.autograd, "backward_of", torch.autograd.grad, raising=False)
     monkeypatch.setattr(torch.autograd, "grad", counted)
     clips = NCP(made(SamplesFirst), "c", schedule=SCHEDULE, call=lambda model, x, t: model(x, t))
     assert [passes_of(clips, *size) for size in ((2, 3), (2, 3), (4, 3), (2, 5), (3, 5), (5, 3))] == [3, 1, 1, 3, 1, 1]
@@ -218,9 +220,7 @@ def test_the_features_of_the_last_layer_are_the_models_own_tensor_and_no_copy() 
 
 def test_a_diffusers_model_with_as_many_tokens_as_samples_is_looked_at_too() -> None:
     """ErnieImage has its tokens first, so (tokens, samples, width) then looks like (samples, tokens, width)."""
-    kind = getattr(diffusers, "ErnieImageTransformer2DModel", None)
-    if kind is None:
-        pytest.skip("diffusers has no ErnieImage")
+    kind = of_diffusers("ErnieImageTransformer2DModel")
     sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 32, "text_in_dim": 8}
     torch.manual_seed(0)
     model = kind(**sizes, in_channels=4, out_channels=4, rope_axes_dim=(4, 4, 4)).double().requires_grad_(False)
@@ -900,6 +900,26 @@ def test_the_one_input_of_three_dimensions_is_the_image_and_a_tensor_behind_a_tu
     assert torch.equal(NCP(model, "l").features(x, t)["l"], model.a(x).sin())
     with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor"):
         NCP(made(HasBeside, "nested"), "l").features(x, t)
+
+
+class Nothing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = _Empty()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.d(x)
+        return x
+
+
+class _Empty(nn.Module):
+    def forward(self, x: Tensor) -> tuple[()]:
+        return ()
+
+
+def test_a_module_that_returns_nothing_is_refused_by_the_layers_name() -> None:
+    with pytest.raises(ValueError, match=r"^layer must be a module that returns one tensor.*it was 'd', which"):
+        NCP(made(Nothing), "d").features(inputs(4, 8)[2], torch.tensor([300] * 4))
 
 
 def test_hidden_states_before_the_skip_connections_are_the_features_whatever_stands_behind() -> None:
