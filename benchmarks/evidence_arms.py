@@ -78,9 +78,13 @@ SETTINGS = [
     _other("normalize", normalize=True),
 ]
 TUNED_PER_PAIR = [
-    Arm("latent DPO, tuned beta per pair", errors="latent", objective="relative", beds=("emoji",)),
+    Arm("latent DPO, tuned beta per pair", errors="latent", objective="relative"),
     Arm("NCP-DPO, tuned beta per pair", objective="relative", beds=("emoji",)),
     Arm("NCP-DPO, step clean, tuned beta per pair", step="clean", objective="relative", beds=("emoji",)),
+]
+TUNED_CLEAN = [
+    Arm("NCP-DPO, step clean, tuned", step="clean"),
+    Arm("latent DPO, times B² of step clean, tuned", errors="latent B2", step="clean"),
 ]
 KAPPAS = [arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)]
 OBJECTIVES = [
@@ -102,7 +106,7 @@ BY_DATA = [
     for data in ("all", "winners", "all, flipped", "winners, flipped")
     for arm in _both(f"DPO, {data}", data=data, beds=("digits",))
 ]
-ARMS = [*MAIN, *SETTINGS, *TUNED_PER_PAIR, *ON_CAPTIONS, *BY_DATA, *OBJECTIVES, *KAPPAS]
+ARMS = [*MAIN, *SETTINGS, *TUNED_PER_PAIR, *TUNED_CLEAN, *OBJECTIVES, *ON_CAPTIONS, *BY_DATA, *KAPPAS]
 
 
 def same_training(one: Arm, other: Arm) -> bool:
@@ -117,7 +121,7 @@ def rivals(name: str) -> list[str]:
     if arm.data == "pairs":
         twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
-        names += ["latent DPO, beta per pair"]  # the cheapest of the good ones
+        names += ["latent DPO, beta per pair", "latent DPO, tuned beta per pair"]  # the cheapest of the good ones
         names += [a.name for a in ARMS if a.name == name.replace("NCP-", "latent ")]  # the same with latent errors
         weighted = ("latent B2", arm.step, arm.objective, arm.data)
         names += [a.name for a in ARMS if (a.errors, a.step, a.objective, a.data) == weighted]
