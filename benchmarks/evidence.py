@@ -2,8 +2,8 @@
 
 Tunes the arms that have a grid, trains every arm on fresh seeds, and writes evidence-TESTBED.json after each run, with
 all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run) and three pictures: the
-curves of the main arms, each arm against its nearest rival, and samples, whose strips are kept in a folder beside
-them. With `--resume` a study goes on with the runs that its JSON holds.
+curves of the arms in `COLORS`, each arm against its nearest rival, and samples of the first, whose strips are kept in a
+folder beside them. With `--resume` a study goes on with the runs that its JSON holds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ KAPPAS = 1.0, 3.0, 8.0
 TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
-COLORS = dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True))
-ALSO_DRAWN = {"latent DPO, beta per pair": report.BLACK, "NCP-DPO, step clean": report.GREEN}
+COLORS = {  # of the methods whose curves and samples are drawn
+    **dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True)),
+    "latent DPO, beta per pair": report.BLACK,
+    "NCP-DPO, step clean": report.GREEN,
+}
 MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
 KEPT_DIVERSITY = 0.6  # of the base model's
 LEVEL, LEAST = 0.03, 0.02  # within what arms are level, and the least difference that counts
@@ -132,7 +135,7 @@ class Study:
 
     def train(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
         start: Start = self.start(seed, arm.data)
-        shown = phase == "comparison" and seed == self.fresh[0] and arm in MAIN
+        shown = phase == "comparison" and seed == self.fresh[0] and arm.name in COLORS
         keep = (lambda measures: self.show(arm.name, measures)) if shown else (lambda measures: None)
         before = self.before(seed, arm.data)
         if shown:
@@ -277,10 +280,9 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
         "diversity": "diversity, over that of real images",
     }
     figure, axes = report.new_figure(columns=len(keys), width=9.5, height=3.8)
-    colors = COLORS | ALSO_DRAWN
-    chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in colors]
+    chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in COLORS]
     for (key, label), axis in zip(keys.items(), axes, strict=True):
-        for name, color in colors.items():
+        for name, color in COLORS.items():
             ours = [run["points"] for run in chosen if run["arm"] == name]
             for points in ours:
                 axis.plot(*_curve([points], key), color=color, lw=0.8, alpha=0.35)

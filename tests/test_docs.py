@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from benchmarks.compute import COMPUTES
 from benchmarks.evidence import FRESH, against_nearest, verdict
-from benchmarks.evidence_arms import MAIN, TUNED_PER_PAIR
+from benchmarks.evidence_arms import ARMS, MAIN, OBJECTIVES, TUNED_CLEAN, TUNED_PER_PAIR
 from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
@@ -164,7 +165,8 @@ SETTLED = ("mean reward", "reward at equal FLOPs", "undamaged reward")
 MEASURED = {"emoji": SETTLED, "digits": (*SETTLED, "reward at kept diversity")}
 # What the page compares: a label, an arm and its rival.
 LATENT, NCP, TIMES_B2, RANDOM = (arm.name for arm in MAIN)
-LATENT_TUNED, NCP_TUNED, CLEAN_TUNED = (arm.name for arm in TUNED_PER_PAIR)
+PER_PAIR, NCP_PER_PAIR, CLEAN_PER_PAIR = (arm.name for arm in TUNED_PER_PAIR)
+CLEAN, CLEAN_B2 = (arm.name for arm in TUNED_CLEAN)
 COMPARED = [
     (f"{NCP} over {LATENT}", NCP, LATENT),
     (f"{NCP} over {TIMES_B2}", NCP, TIMES_B2),
@@ -179,9 +181,15 @@ COMPARED = [
     (f"{NCP} with step clean over {LATENT}", f"{NCP}, step clean", LATENT),
     (f"the same over {LATENT}, beta per pair", f"{NCP}, step clean", f"{LATENT}, beta per pair"),
     (f"the same over {LATENT}, times B² of step clean", f"{NCP}, step clean", f"{LATENT}, times B² of step clean"),
-    (f"{NCP} over {LATENT}, both with a tuned beta per pair", NCP_TUNED, LATENT_TUNED),
-    (f"{NCP} with step clean over {LATENT}, both with a tuned beta per pair", CLEAN_TUNED, LATENT_TUNED),
+    (f"{NCP} over {LATENT}, both with a tuned beta per pair", NCP_PER_PAIR, PER_PAIR),
+    (f"{NCP} with step clean over {LATENT}, both with a tuned beta per pair", CLEAN_PER_PAIR, PER_PAIR),
+    (f"{CLEAN}, over {LATENT}", CLEAN, LATENT),
+    (f"{CLEAN}, over {PER_PAIR}", CLEAN, PER_PAIR),
+    (f"{CLEAN}, over {CLEAN_B2}", CLEAN, CLEAN_B2),
 ]
+# Whose last points it shows.
+LAST = [LATENT, NCP, f"{LATENT}, beta per pair", PER_PAIR, f"{NCP}, step clean", CLEAN, CLEAN_PER_PAIR]
+LAST += [arm.name for arm in OBJECTIVES]
 
 
 def differences(of: dict, other: str, measures: tuple[str, ...]) -> str:
@@ -190,10 +198,10 @@ def differences(of: dict, other: str, measures: tuple[str, ...]) -> str:
 
 
 def main_rows(testbed: str) -> list[str]:
-    """The tuned arms with DPO, and what one is over another."""
+    """The tuned arms, and what one with DPO is over another."""
     study, measures, rows = result(f"evidence-{testbed}"), MEASURED[testbed], []
     found = {of["arm"]: of for of in study["summary"] if of["seeds"] == len(FRESH)}
-    for name in (arm.name for arm in [*MAIN, *TUNED_PER_PAIR] if arm.name in found):
+    for name in (arm.name for arm in ARMS if not arm.inherits and arm.name in found):
         settings = "{lr:g}, {kappa:g}".format(**study["tuned"][name])
         cells = (f"{found[name][measure]:.3f} ± {found[name][f'{measure} ±']:.3f}" for measure in measures)
         rows.append(f"| {name} | {settings} | {' | '.join(cells)} |")
@@ -204,15 +212,27 @@ def main_rows(testbed: str) -> list[str]:
 def setting_rows(testbed: str) -> list[str]:
     """All other arms, each against the one that it is most like."""
     whole = [of for of in result(f"evidence-{testbed}")["summary"] if of["seeds"] == len(FRESH)]
-    main = [arm.name for arm in [*MAIN, *TUNED_PER_PAIR]]
+    main = [arm.name for arm in [*MAIN, *TUNED_PER_PAIR, *TUNED_CLEAN]]
     found = [(of, nearest) for of, nearest in against_nearest(whole) if of["arm"] not in main]
     return [f"| {of['arm']} | {nearest} | {differences(of, nearest, SETTLED)} |" for of, nearest in found]
+
+
+def last_rows(testbed: str) -> list[str]:
+    """What the last point of a run has, mean over the seeds: whether and how far a model left its base."""
+    study, rows = result(f"evidence-{testbed}"), []
+    for name in LAST:
+        runs = [run for run in study["runs"] if (run["phase"], run["arm"]) == ("comparison", name)]
+        ends = [run["points"][-1] for run in runs]
+        keys = ("reward", "match", "diversity", "winner error", "loser error")
+        cells = (f"{statistics.mean(end[key] for end in ends):.2f}" for key in keys if ends)
+        rows += [f"| {name} | {' | '.join(cells)} |"] if len(runs) == len(FRESH) else []
+    return rows
 
 
 @pytest.mark.parametrize("testbed", ["digits", "emoji"])
 def test_the_page_on_evidence_shows_the_committed_figures_of_whole_arms(testbed):
     page = (ROOT / "docs" / "evidence.md").read_text()
-    assert [row for row in main_rows(testbed) + setting_rows(testbed) if row not in page] == []
+    assert [row for row in main_rows(testbed) + setting_rows(testbed) + last_rows(testbed) if row not in page] == []
     flops = {run["arm"]: run["FLOPs a step"] for run in result(f"evidence-{testbed}")["runs"]}
     assert f"{flops['NCP-DPO'] / flops['latent DPO']:.2f} times the FLOPs" in page
 
