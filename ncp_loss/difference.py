@@ -65,20 +65,19 @@ class Stencil(NamedTuple):
     - ``sum_i target_i f_i`` is the target's features, ``f(x*)``.
     """
 
-    latents: list[Tensor]  # the k points, (B, ...) each
+    latents: list[Tensor]  # the k points, (B, ...) each; the first is the one nearest to x* + d
     model: Tensor  # (k, B)
     gap: Tensor | None  # (k, B); None without a reference
     target: Tensor  # (k, B)
-    gradient_point: Tensor  # the point at which the gradient is taken, (B, ...): the first one, or x* + d
+    gradient_point: Tensor  # the point at which the gradient is taken, (B, ...): the first one, or x* + d itself
 
 
-# By the number of points: each point's share in v, the difference along the long direction q, and in u, that along the
-# short direction p. A share's sign says on which side of the middle the point stands. The shares of each side add up to
-# one half.
+# By the number of points: each point's share in v, the difference along the long direction q, and in its side's u, the
+# difference along the short direction p. A share's sign says on which side of the middle the point stands.
 _SHARES = {
     2: ((1 / 2, 0.0), (-1 / 2, 0.0)),
     3: ((1 / 4, 1 / 2), (1 / 4, -1 / 2), (-1 / 2, 0.0)),
-    4: ((1 / 4, 1 / 4), (1 / 4, -1 / 4), (-1 / 4, 1 / 4), (-1 / 4, -1 / 4)),
+    4: ((1 / 4, 1 / 2), (1 / 4, -1 / 2), (-1 / 4, 1 / 2), (-1 / 4, -1 / 2)),
 }
 
 
@@ -102,13 +101,19 @@ def stencil(
     ====================================  ===========  ==============  ==============  ===============
 
     The points are ``M +- a q +- b p``. The arms a and b are so long that ``rms(a q)`` and ``rms(b p)`` are at least
-    ``reach * rms(x*)``. They are never shorter than in the definition, ``a = 1/4`` and ``b = 1/2``.
+    ``reach * rms(x*)``. They are never shorter than in the definition, ``a = 1/4`` and ``b = 1/2``. If p is long
+    itself, it takes the points away from x*, and the arm along q may be shorter by that.
 
     - "literal" always takes the first row and the definition's arms. The points are ``x* + d``, ``x* + r`` and ``x*``.
     - "scaled" has three points, ``M + a q +- b p`` and ``M - a q``. In the first row ``M = x* + a q``, so the third
       point is x*.
     - "central" has all four points, about the middle of the definition's. Errors of second order cancel there. Each
       point is used in both differences, which halves their rounding.
+
+    With long displacements, as of ``step="clean"``, the encoder's response differs from place to place, so it counts
+    where u is measured. The definition has it at ``M + q/4``. "scaled" measures it there. "central" interpolates
+    between the two sides, which is the first side's u alone where a is 1/4, and takes the other side's points nearer to
+    each other. So where all displacements are longer than the reach, every kind of stencil is the definition.
 
     Without a reference there is no gap, ``q = 2 d``, and the points are ``M +- a q``.
 
@@ -124,46 +129,55 @@ def stencil(
     r, g = (d, torch.zeros_like(d)) if reference is None or gap is None else (reference, gap)
     shares = _SHARES[2 if alone else 4 if estimator.kind == "central" else 3]
     reach = (estimator.reach_alone if alone else estimator.reach) * _rms(target_latents)
-    lengths = torch.stack([_rms(x) for x in (g, d, r)])
-    # For each sample the row of the table: 0, 1 or 2.
-    shortest = torch.where(lengths.amin(0) < lengths[0] / 4, lengths.argmin(0), 0)
-    shortest = torch.zeros_like(shortest) if estimator.kind == "literal" else shortest
+    row = _row(g, d, r, estimator.kind)
 
     def pick(of_gap: Tensor, of_model: Tensor, of_reference: Tensor) -> Tensor:
         """For each sample the value in its row of the table."""
-        rest = torch.where(per_sample(shortest == 1, of_model), of_model, of_reference)
-        return torch.where(per_sample(shortest == 0, of_gap), of_gap, rest)
+        rest = torch.where(per_sample(row == 1, of_model), of_model, of_reference)
+        return torch.where(per_sample(row == 0, of_gap), of_gap, rest)
 
     p, q = pick(g, d, r), pick(d + r, d - 2 * r, r - 2 * d)
-    a, b = _arm(q, reach, 1 / 4), _arm(p, reach, 1 / 2)
+    # A long p moves the points away from x*, so q need not.
+    reach_q = (reach.square() - (_rms(p) / 2).square()).relu().sqrt()
+    a, b = _arm(q, reach_q, 1 / 4), _arm(p, reach, 1 / 2)
     quarter, half, none = (torch.full_like(a, x) for x in (1 / 4, 1 / 2, 0.0))
     middle_q, middle_p = pick(a if estimator.kind == "scaled" else quarter, -quarter, -quarter), pick(none, half, half)
+    # In the definition u belongs to the first side. "central" finds it there from both sides, by interpolation.
+    lead = quarter / a if estimator.kind == "central" else torch.ones_like(a)
+    far = (b.square() - lead / 4).sqrt()  # the other side's arm along p: with this one errors of second order cancel
     # A displacement of exactly 0 must give a difference of exactly 0. Two evaluations of one point may differ in the
     # last digit, so the coefficients are set to 0. If the reference's displacement is 0, the model's difference is the
-    # gap's, bit for bit.
+    # gap's, bit for bit. Displacements that are opposite, and long, have a v although q is 0.
     q_moves, p_moves, moves, reference_moves = (reduce(x != 0, "b ... -> b", "max") for x in (q, p, d, r))
+    q_moves = q_moves | (reach_q == 0)
     latents, of_model, of_gap, of_target = [], [], [], []
-    for v_share, u_share in shares:
-        along_q, along_p = middle_q + _sign(v_share) * a, middle_p + _sign(u_share) * b
+    # In the table's last row the points come in reverse order, since there x* + d is the last one.
+    for share, last_row in zip(shares, reversed(shares), strict=True):
+        side, along = (pick(none + x, none + x, none + y) for x, y in zip(share, last_row, strict=True))
+        arm = torch.where(side > 0, b, far)
+        along_q, along_p = middle_q + side.sign() * a, middle_p + along.sign() * arm
         latents.append(target_latents + (per_sample(along_q, q) * q + per_sample(along_p, p) * p))
-        v, u = q_moves * v_share / a, p_moves * u_share / b
+        v, u = q_moves * side / a, p_moves * along * (1 + side.sign() * lead) / 2 / torch.where(arm > 0, arm, 1.0)
         of_gap.append(pick(u, (u + v) / 2, -(u + v) / 2))
         model = pick((v + u) / 2, u, (u - v) / 2)
         of_model.append(moves * torch.where(reference_moves, model, of_gap[-1]))
-        of_target.append(abs(v_share) - middle_q * v_share / a - middle_p * u_share / b)
+        of_target.append(side.abs() - middle_q * side / a - middle_p * u)
     gradient_point = latents[0] if estimator.gradient_at_first else target_latents + d
     model, target, gaps = (torch.stack(x) for x in (of_model, of_target, of_gap))
     return Stencil(latents, model, None if alone else gaps, target, gradient_point)
+
+
+def _row(gap: Tensor, d: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """The row of the stencil's table for each sample, 0, 1 or 2: which displacement is the shortest."""
+    lengths = torch.stack([_rms(x) for x in (gap, d, reference)])
+    row = torch.where(lengths.amin(0) < lengths[0] / 4, lengths.argmin(0), 0)
+    return torch.zeros_like(row) if kind == "literal" else row
 
 
 def _arm(displacement: Tensor, reach: Tensor, least: float) -> Tensor:
     """The length of an arm in multiples of the displacement, (B,): ``least`` or more, and ``reach`` in rms or more."""
     length = _rms(displacement)
     return torch.where(length > 0, (reach / length).clamp(min=least), torch.full_like(length, least))
-
-
-def _sign(share: float) -> int:
-    return (share > 0) - (share < 0)
 
 
 def _rms(x: Tensor) -> Tensor:

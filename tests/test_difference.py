@@ -53,15 +53,32 @@ def test_of_affine_features_every_stencil_has_the_differences_of_the_definition(
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_the_literal_stencil_is_the_definition_whatever_the_features(move) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_displacements_are_longer_than_the_reach_a_stencil_is_the_definition_whatever_the_features(
+    kind, move
+) -> None:
     base, d, r = moves(*move)
-    points = stencil(base, d, r, d - r, Estimator("literal"))
+    points = stencil(base, d, r, d - r, Estimator(kind, reach=1e-9 * min(filter(None, move[:2]))))
     features = [x.exp() for x in points.latents]
     exact = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(combined(points.model, features), (base + d).exp() - base.exp(), **exact)
     torch.testing.assert_close(combined(points.gap, features), (base + d).exp() - (base + r).exp(), **exact)
     torch.testing.assert_close(combined(points.target, features), base.exp(), **exact)
     torch.testing.assert_close(points.gradient_point, base + d)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_a_reference_on_the_other_side_of_the_target_has_the_error_of_its_own_side(kind, size) -> None:
+    """Errors of opposite displacements differ by the encoder's curvature alone."""
+    base, d, _ = moves(size, 1.0, 0.0)
+    for r in (-d, -d + 1e-17, -1.01 * d):
+        points = stencil(base, d, r, d - r, Estimator(kind, {"literal": 0, "scaled": 0.0005, "central": 0.01}[kind]))
+        features = [x.exp() for x in points.latents]
+        close = {"rtol": 0, "atol": 1e-9 if size == 1 else 0.02 * size}
+        torch.testing.assert_close(combined(points.model, features), (base + d).exp() - base.exp(), **close)
+        of_reference = combined(points.model - points.gap, features)
+        torch.testing.assert_close(of_reference, (base + r).exp() - base.exp(), **close)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +91,25 @@ def test_an_arm_is_never_shorter_than_the_definitions_so_that_long_displacements
     a, b, c, *_ = stencil(base, d, near, d - near, Estimator(kind, 1e-9, 1e-9)).latents
     torch.testing.assert_close(a, base + d)
     torch.testing.assert_close(b, base + near)
-    torch.testing.assert_close(c, base + (d - near) / 2 if kind == "central" else base)
+    torch.testing.assert_close(c, base)
+
+
+@pytest.mark.parametrize("kind", ["scaled", "central"])
+@pytest.mark.parametrize(("of_model", "of_reference"), [(1.0, 1.0001), (1e-4, 1.0), (1.0, 1e-4)])
+def test_a_short_displacement_beside_a_long_one_is_looked_at_where_the_definition_has_it(
+    kind, of_model, of_reference
+) -> None:
+    """The response to a short displacement is another one at the far end of a long one."""
+    base, one, _ = moves(1.0, 1.0, 0.0)
+    d, r = of_model * one, of_reference * one
+    points = stencil(base, d, r, d - r, Estimator(kind, 0.01))
+    features = [x.exp() for x in points.latents]
+    close = {"rtol": 2e-3, "atol": 1e-9}
+    torch.testing.assert_close(combined(points.model, features), (base + d).exp() - base.exp(), **close)
+    torch.testing.assert_close(combined(points.gap, features), (base + d).exp() - (base + r).exp(), **close)
+    of_reference_alone = combined(points.model - points.gap, features)
+    torch.testing.assert_close(of_reference_alone, (base + r).exp() - base.exp(), **close)
+    torch.testing.assert_close(points.gradient_point, base + d, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["scaled", "central"])
@@ -100,8 +135,9 @@ def test_a_short_displacement_is_looked_at_over_the_estimators_reach(kind, reach
 def test_the_four_points_stand_about_the_middle_that_the_shortest_of_three_displacements_asks_for(
     move, of_model, of_reference
 ) -> None:
-    """Of two as long as the gap between them, and of one that is a thousandth of the other."""
+    """Of two as long as their gap, and of one that is a thousandth of the other, all shorter than the reach."""
     base, d, r = moves(*move)
+    d, r = d / 1000, r / 1000
     points = stencil(base, d, r, d - r, Estimator("central", 0.02, 0.02))
     middle = torch.stack(points.latents).mean(0)
     torch.testing.assert_close(middle, base + of_model * d / 4 + of_reference * r / 4)

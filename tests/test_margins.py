@@ -53,6 +53,34 @@ def test_margins_are_signal_in_every_precision(make, seed, dtype, fraction):
     assert statistics.median(errors) <= {torch.float32: 0.01, torch.float16: 0.16, torch.bfloat16: 0.4}[dtype]
 
 
+@pytest.mark.parametrize("ref_size", [-0.3, 0.02, 0.28, 0.5])
+@pytest.mark.parametrize("step", [100, "clean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_long_steps_error_margin_and_gradient_are_the_definitions_however_good_the_reference_is(
+    dtype, step, ref_size
+):
+    """There the encoder's response is curved between model, reference and target: each is looked at where it is."""
+    half, exact = rounded(sd15(), dtype)
+    arguments = batch(half, 4, timesteps=[300, 500, 700, 900], error=0.3, dtype=torch.float32)
+    noise = torch.randn(arguments["target"].shape, generator=torch.Generator().manual_seed(1))
+    if ref_size < 0:  # on the other side of the target
+        noise = (arguments["model_pred"] - arguments["target"]).detach() / 0.3
+    arguments["ref_pred"] = arguments["target"] + ref_size * noise
+
+    def found(unet: nn.Module, difference: str, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
+        errors = NoiseConditionedPerceptualLoss(unet, step=step, difference=difference).errors(**arguments)
+        (gradient,) = torch.autograd.grad(errors.error.sum(), arguments["model_pred"])
+        return errors.error.detach().double(), errors.ref_error.double(), gradient.double().flatten(1)
+
+    error, ref_error, gradient = found(half, "auto", arguments)
+    true_error, true_ref_error, true_gradient = found(exact, "literal", in_float64(arguments))
+    rtol = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(error, true_error, rtol=rtol, atol=0)
+    margin, true_margin = ref_error - error, true_ref_error - true_error
+    torch.testing.assert_close(margin, true_margin, rtol=rtol, atol=rtol * true_error.max().item())
+    assert torch.cosine_similarity(gradient, true_gradient).min() > 1 - rtol
+
+
 def test_the_definitions_own_margin_is_rounding_in_bf16():
     """What all this is for: without it the test before this one would measure nothing."""
     half, exact = rounded(sd15(), torch.bfloat16)
