@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -35,6 +35,8 @@ PullBack = Callable[..., Tensor]  # from cotangents by layer to the latents' cot
 
 # In the names of torch's operations, and in those of custom kernels.
 _PRODUCTS = re.compile(r"mm\b|\blinear\b|conv|attention|attn")
+# In the names of diffusers' files of U-Nets whose first convolution gets the frames of videos.
+_OF_VIDEOS = re.compile(r"3d|motion|spatio_temporal|i2vgen")
 
 
 class FrozenEncoder:
@@ -44,9 +46,12 @@ class FrozenEncoder:
     :class:`NoiseConditionedPerceptualLoss`, where ``model`` is called ``unet`` and ``layers`` is called ``layer``.
     """
 
-    _feature_dtype: torch.dtype | None = None  # the dtype of the features that were returned last
-    _product_dtype: torch.dtype | None = None  # the coarsest dtype of a product inside a model of unknown code,
-    _product_dtype_of: torch.dtype | None = None  # when its weights had this dtype
+    # The dtype of the features that were returned last without autocast, and the coarsest dtype of a product inside a
+    # model of unknown code; and the weights' dtype at that time.
+    _feature_dtype: torch.dtype | None = None
+    _feature_dtype_of: torch.dtype | None = None
+    _product_dtype: torch.dtype | None = None
+    _product_dtype_of: torch.dtype | None = None
     _reached = False  # whether a pass without gradients has shown that the features depend on the latents
 
     def __init__(
@@ -55,10 +60,10 @@ class FrozenEncoder:
         # A second tree of modules over the user's weights. From here on only this tree is given hooks and flags.
         self.view, links = twin_of(model)
         self.weights, ends = wanted_layers(self.view, layers)
-        used, later = split_by_order(self.view, ends)
+        self._used, later = split_by_order(self.view, ends)
         # Weights that would change while the model trains are copied. The others are shared, and watched.
-        self._owned, self._shared = own_trainable(used)
-        self._watch = Watch(used, self._shared, links)
+        self._owned, self._shared = own_trainable(self._used)
+        self._watch = Watch(self._used, self._shared, links)
         self._pass = tapped(self.view, ends, later)
         see_samples_whole(self.view, ends)
         if checkpoint:
@@ -66,7 +71,7 @@ class FrozenEncoder:
         self._call = call or _by_name
         if call is not None:
             self.view.register_forward_pre_hook(fresh_containers, with_kwargs=True)
-        self._all_diffusers = self._is_all_diffusers()
+        self._all_diffusers = self._calls_seen = self._is_all_diffusers()
         self.conditioned = Conditioning(self.view, by_name=call is None)
         # By layer, how many rows of its output belong to a sample; and those that have been shown to be one sample's.
         self._rows: dict[str, int] = {}
@@ -89,10 +94,14 @@ class FrozenEncoder:
             self._pass.token.pop()
         except IndexError:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
-        self._pass.kept = kept
+        # In code that is not known one pass runs to its end, to see whether a layer gets samples by pieces.
+        self._pass.kept, self._pass.runs_on = kept, not torch.compiler.is_compiling() and not self._calls_seen
         try:
             with contextlib.suppress(LastLayerReached), products or contextlib.nullcontext():
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
+        except Exception:
+            if not self._pass.runs_on or len(kept) < len(self.weights):
+                raise
         finally:
             self._pass.kept = None
             self._pass.token.append(None)
@@ -104,15 +113,25 @@ class FrozenEncoder:
             )
         features = {layer: one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
-            # With several dtypes the coarsest counts, since its rounding is the largest.
+            self._check_called_once()
             self._rows = {layer: len(kept[layer]) // len(latents) for layer in self.weights}
-            dtypes = {f.dtype for f in features.values()}
-            if self._all_diffusers and not amp:
-                dtypes.add(self.dtype)  # norms that are kept in float32 hide the dtype of the products before them
-            if products:
-                self._product_dtype, self._product_dtype_of = _coarsest({*products.dtypes, *dtypes}), self.dtype
-            self._feature_dtype = _coarsest({*dtypes, self._product_dtype})
+            if not amp:
+                self._note_dtypes({f.dtype for f in features.values()}, products)
         return features
+
+    def _check_called_once(self) -> None:
+        """Refuse a layer that the first pass called again, as with another tile or in another round of a loop."""
+        if not self._calls_seen and self._pass.called_again:
+            raise bad("layer", "a module that the model calls once in a pass", f"{self._pass.called_again[0]!r}")
+        self._calls_seen = True
+
+    def _note_dtypes(self, dtypes: set[torch.dtype], products: _Products | None) -> None:
+        """Note in which dtype the model computes. Of several the coarsest counts, since its rounding is the largest."""
+        if self._all_diffusers:
+            dtypes.add(self.dtype)  # norms that are kept in float32 hide the dtype of the products before them
+        if products:
+            self._product_dtype, self._product_dtype_of = _coarsest({*products.dtypes, *dtypes}), self.dtype
+        self._feature_dtype, self._feature_dtype_of = _coarsest({*dtypes, self._product_dtype}), self.dtype
 
     def checked_features(self, encode: Encode, latents: Tensor) -> Features:
         """The features, without a graph. The first call refuses a layer whose output does not depend on the latents.
@@ -162,7 +181,7 @@ class FrozenEncoder:
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights, leaving out those that it always keeps in float32."""
         kept: Any = getattr(self.view, "_keep_in_fp32_modules", None) or ()
-        weights = ((name, p.dtype) for name, p in self.view.named_parameters() if p.is_floating_point())
+        weights = ((name, p.dtype) for name, p in self._parameters() if p.is_floating_point())
         of_weights = (dtype for name, dtype in weights if not any(part in name for part in kept))
         of_buffers = (b.dtype for b in self.view.buffers() if b.is_floating_point())
         return next(chain(of_weights, of_buffers), torch.float32)
@@ -171,7 +190,12 @@ class FrozenEncoder:
         """The weights' dtype; the trainer's where this is narrower and some of the weights have it."""
         dtype = self.dtype
         narrower = trainer_dtype.itemsize < dtype.itemsize
-        return trainer_dtype if narrower and any(p.dtype == trainer_dtype for p in self.view.parameters()) else dtype
+        return trainer_dtype if narrower and any(p.dtype == trainer_dtype for _, p in self._parameters()) else dtype
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of the modules that run, by path."""
+        for path, module in self._used.items():
+            yield from ((f"{path}.{key}", p) for key, p in module._parameters.items() if p is not None)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the model computes in now: autocast's, or else its last features' or its weights'."""
@@ -181,7 +205,8 @@ class FrozenEncoder:
     def channels(self) -> int | None:
         """The latents' number of channels, if they go straight into a 2-D convolution; None if that is not known."""
         conv = getattr(self.view, "conv_in", None)
-        return conv.in_channels if isinstance(conv, nn.Conv2d) and self._call is _by_name else None
+        straight = self._call is _by_name and not _OF_VIDEOS.search(type(self.view).__module__)
+        return conv.in_channels if isinstance(conv, nn.Conv2d) and straight else None
 
     def check_weights(self, latents: Tensor) -> None:
         """Raise if the weights are no longer the base model's, or are not where the latents are."""
@@ -205,7 +230,8 @@ class FrozenEncoder:
 
 @constant_to_compilers  # a compiler would watch the attribute, and compile again when an eager call changes it
 def _last_feature_dtype(encoder: FrozenEncoder) -> torch.dtype | None:
-    return encoder._feature_dtype
+    """The features' dtype as it was last seen, unless the weights have been converted since."""
+    return encoder._feature_dtype if encoder._feature_dtype_of == encoder.dtype else None
 
 
 def _recompute_blocks(view: nn.Module) -> None:

@@ -98,7 +98,7 @@ class _Attached(torch.autograd.Function):
     def forward(ctx: Any, prediction: Tensor, error: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(slope)
         ctx.dtype = prediction.dtype
-        return error.view_as(error)
+        return error.clone()  # no view, so that the caller may write into it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -94,7 +94,7 @@ def see_samples_whole(view: nn.Module, ends: Mapping[str, str]) -> None:
             vars(module).update({key: value for key, value in _WHOLE.items() if key in vars(module)})
 
 
-class LastLayerReached(Exception):  # no error, so its name does not say Error
+class LastLayerReached(BaseException):  # no error, so a model's `except Exception` must not catch it
     """Ends the view's forward pass when the last wanted layer has run. It is caught around that pass."""
 
 
@@ -104,6 +104,8 @@ class Pass:
 
     wanted: int  # how many layers are wanted
     kept: Features | None = None  # the features kept so far; None while no pass runs
+    runs_on: bool = False  # whether the pass runs on after the last wanted layer
+    called_again: list[str] = field(default_factory=list)  # layers whose output was kept already
     # A list with one token, which only one thread can take. A lock could not be copied or pickled.
     token: list[None] = field(default_factory=lambda: [None])
 
@@ -119,18 +121,21 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         kept, wanted = self.state.kept, self.state.wanted
-        # The first output counts. A checkpoint runs the layer again in backward, and a model may use a layer twice.
-        if kept is None or self.layer in kept:
+        if kept is None:  # no pass runs: a checkpoint runs the layer again in backward
+            return
+        if self.layer in kept:
+            self.state.called_again.append(self.layer)
             return
         features = self._image_stream(args, kwargs, output)
         if features is None:
             self.state.kept = None  # _several_streams runs the module once more, in which no tap may act
             raise self._several_streams(module, args, kwargs, output)
         # If the pass goes on, the model may still change this tensor in place, as it adds a T2I-Adapter's residuals.
-        kept[self.layer] = features.clone() if len(kept) + 1 < wanted else features
+        goes_on = len(kept) + 1 < wanted or self.state.runs_on
+        kept[self.layer] = features.clone() if goes_on else features
         # An exporter keeps a stack of the modules that it is in, and an exception would leave this unbalanced. So the
         # pass runs on there, and the exporter removes the rest as dead code.
-        if len(kept) == wanted and not is_exporting():
+        if not goes_on and not is_exporting():
             raise LastLayerReached
 
     def _image_stream(self, args: Any, kwargs: Any, output: Any) -> Tensor | None:

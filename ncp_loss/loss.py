@@ -192,7 +192,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
             noisy_latents: x_t, (B, C, H, W), as the model gets them. Latents from the ``add_noise`` of an Euler-like
                 scheduler must have gone through its ``scale_model_input``.
             timesteps: t, 0-dim or (B,), whole numbers in [0, T), as integers or floats; for a flow ``sigma * T``, any
-                numbers in [0, T].
+                numbers in [0, T], as :class:`FlowSchedule` has it.
             encoder_hidden_states: the text condition, (B, L, D).
             ref_pred: the reference model's prediction, (B, C, H, W).
             variance_noise: z of the reverse step, (B, C, H, W). If it is None, z is drawn from ``generator``, and if

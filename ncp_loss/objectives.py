@@ -428,10 +428,11 @@ def _check_beta(beta: object, errors: Tensor) -> float | Tensor:
     if not isinstance(beta, Tensor):
         limits = torch.finfo(at_least_float32(errors))  # past these it would become infinite or 0
         return check_number("beta", beta, must_be, lambda x: limits.tiny <= x <= limits.max)
-    check_like("beta", beta, "the errors", errors)
+    given = check_like("beta", beta, "the errors", errors)
+    beta = given.to(at_least_float32(errors))  # in which it may be infinite or 0
     if values_are_free(beta) and not (beta.isfinite() & (beta > 0)).all():
-        raise bad("beta", must_be, beta.tolist())
-    return beta.to(at_least_float32(errors))
+        raise bad("beta", must_be, given.tolist())
+    return beta
 
 
 def _check_kl(kl: object, gain: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from .checks import bad, check_like, check_no_reference
 from .loss import NoiseConditionedPerceptualLoss
 from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, reduce_batch, relative_beta, sft_loss
 
+_BETA = 2500.0  # the default, by whose identity a beta that was left out is told from one that was given
+
 
 def ncp_dpo_loss(
     ncp: NoiseConditionedPerceptualLoss,
@@ -23,7 +25,7 @@ def ncp_dpo_loss(
     *,
     ref_pred: Tensor | None = None,
     ref_error: Tensor | None = None,
-    beta: float | Tensor = 2500.0,
+    beta: float | Tensor = _BETA,
     kappa: float | None = None,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
@@ -77,7 +79,7 @@ def ncp_dpo_loss(
         was = "both" if ref_error is not None else "neither"
         raise bad("ref_pred or ref_error", "given, and only one of them", was)
     _check_loss(ncp, model_kwargs)
-    if kappa is not None and not (isinstance(beta, float) and beta == 2500.0):
+    if kappa is not None and beta is not _BETA:
         raise bad("beta", "left out where kappa is given, which takes its place", "given")
     if ref_error is not None and generator is None and ncp.step == "uniform":
         raise bad(

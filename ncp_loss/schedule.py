@@ -418,9 +418,10 @@ def _coefficients_for_every_t(schedule: NoiseSchedule, step: Step, device: torch
 class FlowSchedule(Schedule):
     r"""A flow-matching schedule: ``x_t = (1 - sigma) x_0 + sigma eps`` (as in SD 3, arXiv 2403.03206).
 
-    A timestep is ``sigma * steps``, any number in [0, steps], as in trainers of SD 3 and Flux. Steps are counted on a
-    grid that is uniform in u, where ``sigma = shift u / (1 + (shift - 1) u)``, and ``step=k`` goes from u to
-    ``u - k / steps``. A timestep may lie between the grid's points.
+    A timestep is ``sigma * steps``, any number in [0, steps], as in trainers of SD 3 and Flux. Until a batch has one
+    above 1, a batch with one between 0 and 1 is refused, since sigmas given as timesteps look like that. Steps are
+    counted on a grid that is uniform in u, where ``sigma = shift u / (1 + (shift - 1) u)``, and ``step=k`` goes from u
+    to ``u - k / steps``. A timestep may lie between the grid's points.
 
     A model that predicts "flow", ``eps - x_0``, takes the Euler step ``x_t' = x_t + (sigma' - sigma) o``. A model that
     predicts "sample", x_0, as with trainers' ``precondition_outputs``, takes the same step in the form

@@ -69,7 +69,7 @@ def _read(row: Mapping[str, Any], number: int) -> tuple[Hashable, Hashable, Hash
         must_be = f"a mapping with {', '.join(COLUMNS)}"
         if not isinstance(row, Mapping):
             raise bad(f"rows[{number}]", must_be, type(row).__name__, TypeError) from None
-        raise bad(f"rows[{number}]", must_be, f"one with {', '.join(row)}") from None
+        raise bad(f"rows[{number}]", must_be, f"one with {', '.join(map(str, row))}") from None
     for value in (caption, first, second):
         if not isinstance(value, str | bytes | numbers.Real) or value != value:  # pandas has NaN for what is missing
             name, was = f"rows[{number}]'s caption, image_0_uid, image_1_uid", repr((caption, first, second))

@@ -12,7 +12,7 @@ import torch
 import torch.utils.checkpoint
 from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from models import LAYOUTS, batch, encoder_of, sd15, sdxl
+from models import LAYOUTS, batch, encoder_of, sd15, sdxl, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncp_loss import NoiseConditionedPerceptualLoss, frozen_view, ncp_dpo_loss
@@ -250,6 +250,22 @@ def test_moving_the_loss_converts_its_own_copies_and_never_the_users_weights():
     assert encoder_of(ncp).view.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
     assert ncp.features(*inputs(unet)[0])["down_blocks"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("of_model", "of_loss"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("converted", ["the loss", "the model"])
+def test_copies_in_another_dtype_than_the_trainers_latents_get_latents_in_their_own(of_model, of_loss, converted):
+    """The weights past the layer, which never run, say nothing about what the layers take."""
+    unet = small(of_model if converted == "the loss" else of_loss).requires_grad_(True)
+    ncp = NoiseConditionedPerceptualLoss(unet)
+    if converted == "the loss":
+        ncp.to(of_loss)
+    else:
+        unet.to(of_model)
+    arguments = batch(unet, dtype=of_model)
+    wide = copy.deepcopy(unet).to(of_loss) if converted == "the loss" else small(of_loss)
+    expected = NoiseConditionedPerceptualLoss(wide).errors(**arguments).error
+    torch.testing.assert_close(ncp.errors(**arguments).error, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layer", ["down_blocks.1.attentions.0", ["down_blocks.1.resnets.0", "up_blocks.1.resnets.1"]])

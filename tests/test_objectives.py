@@ -421,6 +421,19 @@ def test_a_beta_that_float32_cannot_hold_is_refused_where_errors_are_float32(bet
     with pytest.raises(ValueError, match="beta must be a positive number"):
         dpo_loss(e, e, e, e, beta=beta)
     assert dpo_loss(*[e.double()] * 4, beta=beta).isfinite()
+    each = torch.tensor([1.0, beta], dtype=torch.float64)
+    with pytest.raises(ValueError, match=re.escape(f"one for each pair, (B,); it was [1.0, {beta}]")):
+        kto_loss(e, e, torch.tensor([True, False]), beta=each)
+    assert cpo_loss(e.double(), e.double(), beta=each).isfinite()
+
+
+@pytest.mark.parametrize("beta", [2500.0, 2500, 1.0, torch.ones(2)])
+def test_a_beta_beside_kappa_is_refused_whatever_it_is(beta):
+    unet = sd15(dtype=torch.float64)
+    ncp, arguments = NoiseConditionedPerceptualLoss(unet), batch(unet, 2, pairs=True, height=8, width=8)
+    assert ncp_dpo_loss(ncp, **arguments, kappa=2.0).loss.isfinite()
+    with pytest.raises(ValueError, match=r"^beta must be left out where kappa is given"):
+        ncp_dpo_loss(ncp, **arguments, kappa=2.0, beta=beta)
 
 
 @pytest.mark.parametrize("objective", [ncp_dpo_loss, ncp_cpo_loss, ncp_sft_loss])

@@ -151,6 +151,15 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def test_a_u_net_of_videos_needs_no_function_that_calls_it() -> None:
+    model, call, layer, given, _, shape, _ = video(2)
+    x, target, at = normal(*shape, seed=2), normal(*shape, seed=1), torch.tensor([300, 700])
+    arguments = target + 1, target, x, at
+    with_call = NCP(model, layer, call=call).errors(*arguments, **given).error
+    by_name = NCP(model, layer).errors(*arguments, given["text"]).error
+    assert torch.equal(by_name, with_call)
+
+
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 def test_errors_and_gradients_are_those_of_a_hook_on_the_users_own_call(make: Callable[[], Case]) -> None:
     model, call, layer, given, image, shape, scheduler = make()

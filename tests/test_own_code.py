@@ -56,6 +56,64 @@ def assert_right(model: nn.Module, layer: str = "c", **options: Any) -> None:
     assert_is_the_definition(ncp, pristine.get_submodule(layer), predict, "epsilon", BETAS, inputs(4, 8))
 
 
+# Layers that get samples by pieces, and models that are no obstacle.
+
+
+class Tiled(Net):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.b(torch.cat([self.c(tile) for tile in self.a(x).chunk(2, -1)], -1))
+
+
+class Looped(Net):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.a(x)
+        for _ in range(3):
+            x = self.c(x.sin())
+        return self.b(x)
+
+
+@pytest.mark.parametrize("layer", ["c", ["c", "b"], {"a": 1.0, "c": 2.0}])
+@pytest.mark.parametrize("kind", [Tiled, Looped])
+def test_a_layer_that_the_model_calls_by_pieces_or_in_a_loop_is_refused(kind: type[nn.Module], layer: Any) -> None:
+    ncp = NCP(made(kind), layer)
+    target, _, x = inputs(4, 8)[:3]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"^layer must be a module that the model calls once in a pass; it was 'c'"
+        ):
+            ncp(target.requires_grad_(), target.detach(), x, torch.tensor([300, 400, 500, 600]))
+
+
+class Long(Net):
+    """Past layer c it fails, and hides its own errors' types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past = list[int]()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        try:
+            h = self.c(self.b(self.a(x).sin()).sin())
+        except Exception as error:
+            raise RuntimeError("a block failed") from error
+        self.past.append(1)
+        return h @ h.new_ones(3, 3)
+
+
+def test_a_model_that_catches_exceptions_or_fails_past_the_layer_is_right_and_runs_past_it_once() -> None:
+    model = made(Long)
+    ncp, kept = NCP(model, "c", schedule=SCHEDULE), list[Tensor]()
+    _, _, x = inputs(4, 8)[:3]
+    at = torch.tensor([300, 400, 500, 600])
+    found = [ncp.features(x, at)["c"] for _ in range(3)]
+    model.c.register_forward_hook(lambda module, args, out: kept.append(out))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(x, at)
+    for features in found:
+        torch.testing.assert_close(features, kept[0], rtol=1e-12, atol=1e-12)
+    assert len(encoder_of(ncp).view.past) == 1 + 1  # the list is the model's too
+
+
 # Rows that are not samples.
 
 
@@ -118,9 +176,8 @@ def test_features_of_a_sample_that_depend_on_other_samples_are_refused(
         shape = 4, 4, 1, 2  # as many as samples in a chunk
     ncp = NCP(made(kind), "c", call=call, chunk_size=chunk_size)
     x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(
-        ValueError, match=r"^layer must be a module whose output for each sample depends on this sample"
-    ):
+    message = r"^layer must be a module (whose output for each sample depends on this sample|that the model calls once)"
+    with pytest.raises(ValueError, match=message):
         ncp.errors(x[0].requires_grad_(), x[1], x[2], torch.tensor([300, 400, 500, 600]))
 
 
@@ -214,8 +271,10 @@ def test_the_features_of_the_last_layer_are_the_models_own_tensor_and_no_copy() 
 
     model = made(Net)
     model.b = Shown(8, 8, 1).double().requires_grad_(False)
-    features = NCP(model, ["a", "b"]).features(inputs(4, 8)[2], torch.tensor([300] * 4))
-    assert features["b"] is Shown.shown[0]
+    ncp = NCP(model, ["a", "b"])
+    for _ in range(2):  # the first pass runs on, and may change its tensors
+        features = ncp.features(inputs(4, 8)[2], torch.tensor([300] * 4))
+    assert features["b"] is Shown.shown[1]
 
 
 def test_a_diffusers_model_with_as_many_tokens_as_samples_is_looked_at_too() -> None:
@@ -474,6 +533,20 @@ def test_a_model_that_is_converted_later_is_looked_at_again() -> None:
     model.float()
     ncp.features(x, t)
     assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
+
+
+def test_a_call_under_autocast_leaves_no_dtype_to_a_loss_that_is_compiled_later() -> None:
+    unet = small(torch.float32)
+    ncp, x, t = NCP(unet), torch.randn(2, 4, 8, 8), torch.tensor([300, 400])
+    text = torch.randn(2, 5, 12)
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        ncp.features(x, t, text)
+        assert encoder_of(ncp).compute_dtype(x.device) == torch.bfloat16
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.float32
+    ncp.features(x, t, text)
+    unet.bfloat16()
+    assert encoder_of(ncp).compute_dtype(x.device) == torch.bfloat16
 
 
 def test_attention_in_a_kernel_of_ones_own_shows_its_dtype_too() -> None:

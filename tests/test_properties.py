@@ -62,6 +62,18 @@ def test_a_perfect_prediction_has_error_and_gradient_exactly_zero(seed, t, diffe
         assert (error[1:] > 0).all()
 
 
+def test_errors_of_samples_may_be_written_to_as_those_of_an_mse_may():
+    """Some loops weigh or mask per-sample errors in place."""
+    arguments = batch(UNET, 2, height=4, width=4)
+    prediction, weights = arguments["model_pred"], torch.tensor([2.0, 0.0], dtype=torch.float64)
+    found = []
+    for in_place in (True, False):
+        error = loss(reduction="none")(**{key: value for key, value in arguments.items() if key != "ref_pred"})
+        found.append(gradient(error.mul_(weights) if in_place else error * weights, prediction))
+    assert torch.equal(*found)
+    assert found[0][0].any()
+
+
 @SETTINGS
 @given(seed=seeds, poison=st.sampled_from([float("nan"), float("inf"), 1e30]), difference=differences)
 def test_a_poisoned_sample_changes_no_other(seed, poison, difference):

@@ -82,6 +82,8 @@ def test_a_row_without_a_column_is_refused_by_its_number_with_the_columns_it_has
     with pytest.raises(ValueError, match=r"^rows\[1\] must be a mapping with caption, .*; it was one with ") as raised:
         absolute_winners(rows)
     assert column not in str(raised.value).partition("it was")[2]
+    with pytest.raises(ValueError, match="it was one with 0, caption"):
+        absolute_winners([{0: 1, "caption": "p"}])
 
 
 @pytest.mark.parametrize(
