@@ -280,7 +280,7 @@ def reference_predictions(run: Run, data: Data, question: Ask) -> Tensor | None:
     if not getattr(args, "precompute_reference", False):
         return None
     names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "seed"]
-    names += ["absolute_winners", "resolution", "random_crop", "no_hflip"]
+    names += ["caption_column", "absolute_winners", "resolution", "random_crop", "no_hflip"]
     names += ["no_text_encoder_3", "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std"]
     settings = {name: str(getattr(args, name, None)) for name in names}
     settings |= {"data": data.identity, "rows": str(len(data)), "mixed_precision": accelerator.mixed_precision}

@@ -54,7 +54,8 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
     add("--gradient_checkpointing", action="store_true", help="less memory, slower backward")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as accelerate is configured")
     add("--learning_rate", type=float, help=f"default: {defaults['learning_rate']:g}")
-    add("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType])
+    kinds = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # which needs its rules
+    add("--lr_scheduler", default="constant", choices=kinds)
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -106,6 +107,12 @@ def parse(parser: Parser, parts: list[str]) -> argparse.Namespace:
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             parser.refuse(f"--{name}", "a positive number", value)
+    for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"):
+        if not getattr(args, name) >= 0:
+            parser.refuse(f"--{name}", "a number, not negative", getattr(args, name))
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.refuse(f"--{name}", "in [0, 1)", getattr(args, name))
     multiple = 16 if "transformer" in parts else 8  # of the VAE's steps, and of the transformer's patches
     if args.resolution % multiple:
         parser.refuse("--resolution", f"a multiple of {multiple}", args.resolution)

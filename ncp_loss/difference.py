@@ -144,7 +144,8 @@ def stencil(
     middle_q, middle_p = pick(a if estimator.kind == "scaled" else quarter, -quarter, -quarter), pick(none, half, half)
     # In the definition u belongs to the first side. "central" finds it there from both sides, by interpolation.
     lead = quarter / a if estimator.kind == "central" else torch.ones_like(a)
-    far = (b.square() - lead / 4).sqrt()  # the other side's arm along p: with this one errors of second order cancel
+    # The other side's arm along p, sqrt(b^2 - lead / 4), with which errors of second order cancel. b^2 may overflow.
+    far = b * (1 - lead / (4 * b.square())).sqrt()
     # A displacement of exactly 0 must give a difference of exactly 0. Two evaluations of one point may differ in the
     # last digit, so the coefficients are set to 0. If the reference's displacement is 0, the model's difference is the
     # gap's, bit for bit. Displacements that are opposite, and long, have a v although q is 0.
@@ -159,8 +160,7 @@ def stencil(
         latents.append(target_latents + (per_sample(along_q, q) * q + per_sample(along_p, p) * p))
         v, u = q_moves * side / a, p_moves * along * (1 + side.sign() * lead) / 2 / torch.where(arm > 0, arm, 1.0)
         of_gap.append(pick(u, (u + v) / 2, -(u + v) / 2))
-        model = pick((v + u) / 2, u, (u - v) / 2)
-        of_model.append(moves * torch.where(reference_moves, model, of_gap[-1]))
+        of_model.append(moves * torch.where(reference_moves, pick((v + u) / 2, u, (u - v) / 2), of_gap[-1]))
         of_target.append(side.abs() - middle_q * side / a - middle_p * u)
     gradient_point = latents[0] if estimator.gradient_at_first else target_latents + d
     model, target, gaps = (torch.stack(x) for x in (of_model, of_target, of_gap))

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .checks import bad
 from .conditioning import Conditioning, fresh_containers, prepared
 from .layers import (
-    LastLayerReached,
     Layers,
     is_exporting,
     one_row_a_sample,
@@ -36,7 +35,7 @@ PullBack = Callable[..., Tensor]  # from cotangents by layer to the latents' cot
 # In the names of torch's operations, and in those of custom kernels.
 _PRODUCTS = re.compile(r"mm\b|\blinear\b|conv|attention|attn")
 # In the names of diffusers' files of U-Nets whose first convolution gets the frames of videos.
-_OF_VIDEOS = re.compile(r"3d|motion|spatio_temporal|i2vgen")
+_OF_VIDEOS = re.compile(r"^diffusers\..*(3d|motion|spatio_temporal|i2vgen)")
 
 
 class FrozenEncoder:
@@ -71,8 +70,9 @@ class FrozenEncoder:
         self._call = call or _by_name
         if call is not None:
             self.view.register_forward_pre_hook(fresh_containers, with_kwargs=True)
-        self._all_diffusers = self._calls_seen = self._is_all_diffusers()
+        self._all_diffusers = self._is_all_diffusers()
         self.conditioned = Conditioning(self.view, by_name=call is None)
+        self._sizes_seen: set[torch.Size] = set()  # the latents' sizes at which each layer was seen to be called once
         # By layer, how many rows of its output belong to a sample; and those that have been shown to be one sample's.
         self._rows: dict[str, int] = {}
         self._rows_checked: list[tuple[bool, dict[str, int]]] = []
@@ -94,13 +94,14 @@ class FrozenEncoder:
             self._pass.token.pop()
         except IndexError:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
-        # In code that is not known one pass runs to its end, to see whether a layer gets samples by pieces.
-        self._pass.kept, self._pass.runs_on = kept, not torch.compiler.is_compiling() and not self._calls_seen
+        # In code that is not known one pass of each size runs to its end, to see if a layer gets samples by pieces.
+        unseen = not torch.compiler.is_compiling() and not self._all_diffusers and latents.shape not in self._sizes_seen
+        self._pass.kept, self._pass.runs_on, self._pass.called_again = kept, unseen, ""
         try:
-            with contextlib.suppress(LastLayerReached), products or contextlib.nullcontext():
+            with products or contextlib.nullcontext():
                 self._call(self.view, latents if dtype is None else latents.to(dtype), timesteps, **conditioning)
-        except Exception:
-            if not self._pass.runs_on or len(kept) < len(self.weights):
+        except Exception:  # LastLayerReached, what the model made of it, or what happened past the layers
+            if len(kept) < len(self.weights):
                 raise
         finally:
             self._pass.kept = None
@@ -113,17 +114,13 @@ class FrozenEncoder:
             )
         features = {layer: one_row_a_sample(layer, kept[layer], len(latents)) for layer in self.weights}
         if not torch.compiler.is_compiling():
-            self._check_called_once()
+            if self._pass.called_again:
+                raise bad("layer", "a module that the model calls once in a pass", repr(self._pass.called_again))
+            self._sizes_seen.add(latents.shape)
             self._rows = {layer: len(kept[layer]) // len(latents) for layer in self.weights}
             if not amp:
                 self._note_dtypes({f.dtype for f in features.values()}, products)
         return features
-
-    def _check_called_once(self) -> None:
-        """Refuse a layer that the first pass called again, as with another tile or in another round of a loop."""
-        if not self._calls_seen and self._pass.called_again:
-            raise bad("layer", "a module that the model calls once in a pass", f"{self._pass.called_again[0]!r}")
-        self._calls_seen = True
 
     def _note_dtypes(self, dtypes: set[torch.dtype], products: _Products | None) -> None:
         """Note in which dtype the model computes. Of several the coarsest counts, since its rounding is the largest."""
@@ -205,8 +202,8 @@ class FrozenEncoder:
     def channels(self) -> int | None:
         """The latents' number of channels, if they go straight into a 2-D convolution; None if that is not known."""
         conv = getattr(self.view, "conv_in", None)
-        straight = self._call is _by_name and not _OF_VIDEOS.search(type(self.view).__module__)
-        return conv.in_channels if isinstance(conv, nn.Conv2d) and straight else None
+        of_videos = any(_OF_VIDEOS.search(cls.__module__) for cls in type(self.view).__mro__)
+        return conv.in_channels if isinstance(conv, nn.Conv2d) and self._call is _by_name and not of_videos else None
 
     def check_weights(self, latents: Tensor) -> None:
         """Raise if the weights are no longer the base model's, or are not where the latents are."""
@@ -215,7 +212,7 @@ class FrozenEncoder:
         self._watch.check()
         if self._watch.processor_replaced:
             self._watch.processor_replaced, self._all_diffusers = False, self._is_all_diffusers()
-            self._rows_checked, self._product_dtype_of = [], None
+            self._rows_checked, self._sizes_seen, self._product_dtype_of = [], set(), None
         # The user moves shared weights, and ``ncp.to(...)`` moves the copies.
         for modules, hint in ((self._owned, ": move its copies with ncp.to(device)"), (self._shared, "")):
             weight = next((p for module in modules.values() for p in module.parameters(recurse=False)), None)

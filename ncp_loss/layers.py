@@ -94,7 +94,7 @@ def see_samples_whole(view: nn.Module, ends: Mapping[str, str]) -> None:
             vars(module).update({key: value for key, value in _WHOLE.items() if key in vars(module)})
 
 
-class LastLayerReached(BaseException):  # no error, so a model's `except Exception` must not catch it
+class LastLayerReached(Exception):  # no error, so its name does not say Error
     """Ends the view's forward pass when the last wanted layer has run. It is caught around that pass."""
 
 
@@ -104,8 +104,8 @@ class Pass:
 
     wanted: int  # how many layers are wanted
     kept: Features | None = None  # the features kept so far; None while no pass runs
-    runs_on: bool = False  # whether the pass runs on after the last wanted layer
-    called_again: list[str] = field(default_factory=list)  # layers whose output was kept already
+    runs_on: bool = False  # whether the pass runs on after the last wanted layer, to see if a layer is called again
+    called_again: str = ""  # such a layer
     # A list with one token, which only one thread can take. A lock could not be copied or pickled.
     token: list[None] = field(default_factory=lambda: [None])
 
@@ -123,8 +123,9 @@ class _Tap:
         kept, wanted = self.state.kept, self.state.wanted
         if kept is None:  # no pass runs: a checkpoint runs the layer again in backward
             return
-        if self.layer in kept:
-            self.state.called_again.append(self.layer)
+        if self.layer in kept:  # the first output counts
+            if self.state.runs_on:
+                self.state.called_again = self.layer
             return
         features = self._image_stream(args, kwargs, output)
         if features is None:

@@ -12,8 +12,6 @@ from .checks import bad, check_like, check_no_reference
 from .loss import NoiseConditionedPerceptualLoss
 from .objectives import PreferenceOutput, cpo_loss, dpo_loss, preference_metrics, reduce_batch, relative_beta, sft_loss
 
-_BETA = 2500.0  # the default, by whose identity a beta that was left out is told from one that was given
-
 
 def ncp_dpo_loss(
     ncp: NoiseConditionedPerceptualLoss,
@@ -25,7 +23,7 @@ def ncp_dpo_loss(
     *,
     ref_pred: Tensor | None = None,
     ref_error: Tensor | None = None,
-    beta: float | Tensor = _BETA,
+    beta: float | Tensor = 2500.0,
     kappa: float | None = None,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
@@ -64,9 +62,9 @@ def ncp_dpo_loss(
         rewards/margins, rewards/accuracies``, with ``rewards/* = beta * (ref_error - error)``.
 
     Raises:
-        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error`` are given, a beta is given beside
-            kappa, the batch is odd, the members of a pair differ in what they must share (checked on the host only), or
-            another argument is bad.
+        ValueError, TypeError: both or neither of ``ref_pred`` and ``ref_error`` are given, a beta other than the
+            default is given beside kappa, the batch is odd, the members of a pair differ in what they must share
+            (checked on the host only), or another argument is bad.
 
     >>> from diffusers import UNet2DModel
     >>> unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
@@ -79,7 +77,7 @@ def ncp_dpo_loss(
         was = "both" if ref_error is not None else "neither"
         raise bad("ref_pred or ref_error", "given, and only one of them", was)
     _check_loss(ncp, model_kwargs)
-    if kappa is not None and beta is not _BETA:
+    if kappa is not None and not (isinstance(beta, float) and beta == 2500.0):
         raise bad("beta", "left out where kappa is given, which takes its place", "given")
     if ref_error is not None and generator is None and ncp.step == "uniform":
         raise bad(

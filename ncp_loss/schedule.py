@@ -384,7 +384,7 @@ class NoiseSchedule(Schedule):
             "sample": ((zero, one), (1 / sigma, -alpha / sigma)),
         }[self._prediction_type]
         A, B = (alpha_ * of_signal + noise * of_noise for of_signal, of_noise in zip(x_0, eps, strict=True))
-        return A, B, s
+        return A, torch.where(after == t, zero, B), s  # a drawn t' may be t: no rounding is left of B then
 
     def _tables_on(self, key: Step | None, device: torch.device, compute: Callable[[], Tensors]) -> Tensors:
         """The tables that ``compute`` makes on the host in float64, on ``device``. Later calls return the same ones."""
@@ -520,7 +520,9 @@ def check_noisy(schedule: Schedule, noisy_latents: Tensor, timesteps: Tensor) ->
         return
     high = schedule.alpha(timesteps).square() < 0.05
     power = noisy_latents.detach().double().square().flatten(1).mean(1) * high
-    if (power > 4).any():
+    # Noise of n elements exceeds this with a probability of exp(-25) (Laurent and Massart 2000, lemma 1).
+    share = 25 / noisy_latents[0].numel()
+    if (power > max(4.0, 1 + 2 * share**0.5 + 2 * share)).any():
         must_be = "as the model gets them, alpha x_0 + sigma noise (an Euler-like scheduler's scale_model_input makes"
         was = f"of mean square {power.max().item():.3g} at timestep {timesteps[power.argmax()].item():g}"
         raise bad("noisy_latents", f"{must_be} its add_noise that), near 1 at high noise", was)

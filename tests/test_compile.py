@@ -180,6 +180,27 @@ def test_a_preference_loss_compiles_whole_with_its_metrics() -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_preference_loss_takes_kappa_and_beta_in_turn() -> None:
+    unet = small()
+    ncp, arguments = loss(unet, {}, layer=LAYER), batch(unet, pairs=True)
+    whole = torch.compile(ncp_dpo_loss, fullgraph=True, backend=Backend())
+    for options in ({"beta": 1e5}, {"kappa": 2.0}, {"beta": 3e5}, {"kappa": 3.0}, {}):
+        got, expected = whole(ncp, **arguments, **options), ncp_dpo_loss(ncp, **arguments, **options)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.slow
+def test_a_layer_that_a_block_calls_twice_compiles_nothing_anew() -> None:
+    unet, backend = small(), Backend()
+    arguments = of_the_model(batch(unet))
+    ncp = NCP(unet, ["down_blocks.0.resnets.0.nonlinearity", LAYER])
+    whole = torch.compile(ncp, fullgraph=True, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(whole(**arguments), ncp(**arguments), rtol=1e-9, atol=0)
+    assert backend.compilations == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_layer_that_latents_do_not_reach_is_refused_by_a_compiled_loss_too(trains: bool) -> None:
     """Fallbacks to eager code, where a graph breaks at the refusal, end with the same message."""

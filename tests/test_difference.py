@@ -153,6 +153,16 @@ def test_a_model_that_is_all_but_right_keeps_the_digits_of_its_difference(kind) 
     )
 
 
+@pytest.mark.parametrize("kind", ["scaled", "central"])
+@pytest.mark.parametrize("of_model", [1e-12, 1e-20, 1e-25, 1e-40])
+def test_points_and_coefficients_are_finite_however_short_a_displacement_is(kind, of_model) -> None:
+    base, d, r = (x.float() for x in moves(of_model, 1.0, 0.0))
+    for pair in ((d, r), (r, d), (d, d + 0.1 * d), (d, -d)):
+        points = stencil(base, *pair, pair[0] - pair[1], Estimator(kind, 0.045))
+        found = (*points.latents, points.model, points.gap, points.target, points.gradient_point)
+        assert all(x.isfinite().all() for x in found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_displacement_that_is_nowhere_positive_is_one_too(kind) -> None:
     base, d, r = moves(1.0, 1.0, 0.0)

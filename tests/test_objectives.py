@@ -427,8 +427,8 @@ def test_a_beta_that_float32_cannot_hold_is_refused_where_errors_are_float32(bet
     assert cpo_loss(e.double(), e.double(), beta=each).isfinite()
 
 
-@pytest.mark.parametrize("beta", [2500.0, 2500, 1.0, torch.ones(2)])
-def test_a_beta_beside_kappa_is_refused_whatever_it_is(beta):
+@pytest.mark.parametrize("beta", [2500, 1.0, torch.ones(2)])
+def test_a_beta_beside_kappa_is_refused_unless_it_is_the_default(beta):
     unet = sd15(dtype=torch.float64)
     ncp, arguments = NoiseConditionedPerceptualLoss(unet), batch(unet, 2, pairs=True, height=8, width=8)
     assert ncp_dpo_loss(ncp, **arguments, kappa=2.0).loss.isfinite()

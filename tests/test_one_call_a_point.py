@@ -156,8 +156,10 @@ def test_a_u_net_of_videos_needs_no_function_that_calls_it() -> None:
     x, target, at = normal(*shape, seed=2), normal(*shape, seed=1), torch.tensor([300, 700])
     arguments = target + 1, target, x, at
     with_call = NCP(model, layer, call=call).errors(*arguments, **given).error
-    by_name = NCP(model, layer).errors(*arguments, given["text"]).error
-    assert torch.equal(by_name, with_call)
+    own = copy.deepcopy(model)
+    own.__class__ = type("Own", (UNet3DConditionModel,), {"__module__": "my_project"})
+    for each in (model, own):
+        assert torch.equal(NCP(each, layer).errors(*arguments, given["text"]).error, with_call)
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)

@@ -7,6 +7,7 @@ import collections.abc
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -82,6 +83,53 @@ def test_a_layer_that_the_model_calls_by_pieces_or_in_a_loop_is_refused(kind: ty
             ValueError, match=r"^layer must be a module that the model calls once in a pass; it was 'c'"
         ):
             ncp(target.requires_grad_(), target.detach(), x, torch.tensor([300, 400, 500, 600]))
+
+
+class TiledIfLarge(Net):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(self.c(h) if h.shape[-1] <= 8 else torch.cat([self.c(tile) for tile in h.chunk(2, -1)], -1))
+
+
+def test_a_layer_that_gets_pieces_of_larger_latents_alone_is_refused_at_the_first_of_them() -> None:
+    ncp, at = NCP(made(TiledIfLarge), "c"), torch.tensor([300, 400, 500, 600])
+    small, large = (torch.randn(4, 4, 8, width, dtype=torch.float64) for width in (8, 16))
+    for x, pieces in ((small, False), (large, True), (small, False), (large, True)):
+        expected = pytest.raises(ValueError, match="calls once in a pass; it was 'c'") if pieces else nullcontext()
+        with expected:
+            ncp.errors(torch.randn_like(x).requires_grad_(), torch.randn_like(x), x, at)
+
+
+def test_a_processor_that_calls_a_layer_by_pieces_is_refused_when_it_comes() -> None:
+    class InHalves(InDtype):
+        def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+            text = x if encoder_hidden_states is None else encoder_hidden_states
+            q = torch.cat([attn.to_q(part) for part in x.chunk(2, 1)], 1)
+            q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, attn.to_k(text), attn.to_v(text)))
+            return attn.to_out[0](nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    unet = small()
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    ncp, arguments = NCP(unet, layer), batch(unet)
+    ncp.errors(**arguments)
+    unet.set_attn_processor(InHalves(torch.float64))
+    with pytest.raises(ValueError, match="calls once in a pass"):
+        ncp.errors(**arguments)
+
+
+def test_hooks_that_torch_calls_always_are_called_for_each_module_that_the_loss_enters() -> None:
+    depth: list[nn.Module] = []
+    register = torch.nn.modules.module
+    into = register.register_module_forward_pre_hook(lambda module, args: depth.append(module))
+    out_of = register.register_module_forward_hook(lambda module, args, out: depth.remove(module), always_call=True)
+    try:
+        NCP(small(), "down_blocks.0").features(
+            torch.randn(2, 4, 8, 8).double(), torch.tensor([3, 4]), torch.randn(2, 5, 12).double()
+        )
+    finally:
+        into.remove()
+        out_of.remove()
+    assert depth == []
 
 
 class Long(Net):

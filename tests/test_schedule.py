@@ -451,6 +451,16 @@ def test_latents_as_the_model_gets_them_are_never_told(schedule: Any, scale: flo
     check_noisy(schedule, schedule.alpha(at) * x_0 + schedule.sigma(at) * noise, at)
 
 
+@pytest.mark.parametrize("elements", [1, 2, 4, 16])
+def test_noise_of_few_elements_is_never_told_and_scaled_by_a_sampler_it_is(elements: int) -> None:
+    """The mean square of few elements is often above 4."""
+    schedule, at, noise = NoiseSchedule(BETAS), torch.full((20_000,), 999), normal(20_000, elements)
+    assert noise.square().mean(1).max() > 2
+    check_noisy(schedule, noise, at)
+    with pytest.raises(ValueError, match=r"^noisy_latents must be as the model gets them"):
+        check_noisy(schedule, noise / schedule.alpha(at)[:, None], at)
+
+
 # One sample that owns its batch.
 
 

@@ -256,6 +256,11 @@ def test_precomputed_reference_predictions_are_used_again_for_the_same_settings_
     assert [path.stat().st_mtime_ns for path in pairs.glob("reference-*")] == [made_at]
     call("train_dpo_lora_sd", made.sd, tmp_path, *options, "--seed", 1)
     assert len(list(pairs.glob("reference-*"))) == 2
+    table([1.0, 0.0], long=["an eight", "a nine"]).save_to_disk(tmp_path / "table")
+    for column in ("caption", "long"):
+        of_table = ["--dataset_name", tmp_path / "table", *options[2:], "--caption_column", column]
+        call("train_dpo_lora_sd", made.sd, tmp_path, *of_table)
+    assert len(list((tmp_path / "table").glob("reference-*"))) == 2
 
 
 @pytest.mark.parametrize("beta", [["--beta_dpo", 2500], ["--kappa", 2500]])
@@ -479,6 +484,11 @@ def test_what_is_not_an_image_or_a_caption_is_refused(refused, tmp_path):
         (["--kappa", "0"], "--kappa must be a positive number; it was 0.0"),
         (["--resume_from_checkpoint", "elsewhere"], "--resume_from_checkpoint must be 'latest' or a folder named"),
         (["--loss_space", "pixels"], "invalid choice: 'pixels'"),
+        (["--lr_scheduler", "piecewise_constant"], "invalid choice: 'piecewise_constant'"),
+        (["--seed", "-1"], "--seed must be a number, not negative; it was -1"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be a number, not negative; it was -1"),
+        (["--adam_weight_decay", "nan"], "--adam_weight_decay must be a number, not negative; it was nan"),
+        (["--adam_beta1", "1.5"], "--adam_beta1 must be in [0, 1); it was 1.5"),
     ],
 )
 def test_a_bad_option_is_refused(made, refused, arguments, message):
