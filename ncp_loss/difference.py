@@ -153,18 +153,18 @@ def stencil(
     q_moves = q_moves | (reach_q == 0)
     latents, of_model, of_gap, of_target = [], [], [], []
     # In the table's last row the points come in reverse order, since there x* + d is the last one.
-    for share, last_row in zip(shares, reversed(shares), strict=True):
-        side, along = (pick(none + x, none + x, none + y) for x, y in zip(share, last_row, strict=True))
-        arm = torch.where(side > 0, b, far)
-        along_q, along_p = middle_q + side.sign() * a, middle_p + along.sign() * arm
+    reverse = (row == 2).to(a.dtype)
+    for share, reversed_share in zip(shares, reversed(shares), strict=True):
+        side, along = (x + (y - x) * reverse for x, y in zip(share, reversed_share, strict=True))
+        sign, arm = side.sign(), torch.where(side > 0, b, far)
+        along_q, along_p = middle_q + sign * a, middle_p + along.sign() * arm
         latents.append(target_latents + (per_sample(along_q, q) * q + per_sample(along_p, p) * p))
-        v, u = q_moves * side / a, p_moves * along * (1 + side.sign() * lead) / 2 / torch.where(arm > 0, arm, 1.0)
+        v, u = q_moves * side / a, p_moves * along * (1 + sign * lead) / 2 / torch.where(arm > 0, arm, 1.0)
         of_gap.append(pick(u, (u + v) / 2, -(u + v) / 2))
         of_model.append(moves * torch.where(reference_moves, pick((v + u) / 2, u, (u - v) / 2), of_gap[-1]))
         of_target.append(side.abs() - middle_q * side / a - middle_p * u)
-    gradient_point = latents[0] if estimator.gradient_at_first else target_latents + d
-    model, target, gaps = (torch.stack(x) for x in (of_model, of_target, of_gap))
-    return Stencil(latents, model, None if alone else gaps, target, gradient_point)
+    end = latents[0] if estimator.gradient_at_first else target_latents + d
+    return Stencil(latents, torch.stack(of_model), None if alone else torch.stack(of_gap), torch.stack(of_target), end)
 
 
 def _row(gap: Tensor, d: Tensor, reference: Tensor, kind: str) -> Tensor:
