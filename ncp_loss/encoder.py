@@ -70,12 +70,9 @@ class FrozenEncoder:
         self._call = call or _by_name
         if call is not None:
             self.view.register_forward_pre_hook(fresh_containers, with_kwargs=True)
-        self._all_diffusers = self._is_all_diffusers()
+        self._look_at_code()
         self.conditioned = Conditioning(self.view, by_name=call is None)
-        self._sizes_seen: set[torch.Size] = set()  # the latents' sizes at which each layer was seen to be called once
-        # By layer, how many rows of its output belong to a sample; and those that have been shown to be one sample's.
-        self._rows: dict[str, int] = {}
-        self._rows_checked: list[tuple[bool, dict[str, int]]] = []
+        self._rows: dict[str, int] = {}  # by layer, how many rows of its output belong to a sample
 
     def __call__(
         self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], trainer_dtype: torch.dtype
@@ -94,8 +91,8 @@ class FrozenEncoder:
             self._pass.token.pop()
         except IndexError:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
-        # In code that is not known one pass of each size runs to its end, to see if a layer gets samples by pieces.
-        unseen = not torch.compiler.is_compiling() and not self._all_diffusers and latents.shape not in self._sizes_seen
+        # Of modules of other code one pass of each size runs to its end, to see if a layer gets samples by pieces.
+        unseen = not torch.compiler.is_compiling() and not self._of_diffusers and latents.shape not in self._sizes_seen
         self._pass.kept, self._pass.runs_on, self._pass.called_again = kept, unseen, ""
         try:
             with products or contextlib.nullcontext():
@@ -170,9 +167,17 @@ class FrozenEncoder:
                 raise bad("layer", must_be, f"{list(graph)}, whose output for some samples depends on others too")
         self._rows_checked.append(layout)
 
-    def _is_all_diffusers(self) -> bool:
-        """Whether all code is diffusers'. There samples do not mix, and products are in the weights' dtype."""
-        return self._call is _by_name and all(map(_is_diffusers, self.view.modules()))
+    def _look_at_code(self) -> None:
+        """See whose code it is. In diffusers' samples do not mix, and products are in the weights' dtype.
+
+        What has been checked of earlier code does not count any more.
+        """
+        self._of_diffusers = all(map(_is_diffusers, self.view.modules()))
+        self._all_diffusers = self._of_diffusers and self._call is _by_name
+        self._sizes_seen: set[torch.Size] = set()  # the latents' sizes at which each layer was seen to be called once
+        # How many rows of each layer's output belong to a sample, where these have been shown to be one sample's.
+        self._rows_checked: list[tuple[bool, dict[str, int]]] = []
+        self._product_dtype_of = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,8 +216,8 @@ class FrozenEncoder:
             return
         self._watch.check()
         if self._watch.processor_replaced:
-            self._watch.processor_replaced, self._all_diffusers = False, self._is_all_diffusers()
-            self._rows_checked, self._sizes_seen, self._product_dtype_of = [], set(), None
+            self._watch.processor_replaced = False
+            self._look_at_code()
         # The user moves shared weights, and ``ncp.to(...)`` moves the copies.
         for modules, hint in ((self._owned, ": move its copies with ncp.to(device)"), (self._shared, "")):
             weight = next((p for module in modules.values() for p in module.parameters(recurse=False)), None)
