@@ -184,7 +184,7 @@ def test_a_compiled_preference_loss_takes_kappa_and_beta_in_turn() -> None:
     unet = small()
     ncp, arguments = loss(unet, {}, layer=LAYER), batch(unet, pairs=True)
     whole = torch.compile(ncp_dpo_loss, fullgraph=True, backend=Backend())
-    for options in ({"beta": 1e5}, {"kappa": 2.0}, {"beta": 3e5}, {"kappa": 3.0}, {}):
+    for options in ({"beta": 1e5}, {"beta": 3e5}, {"kappa": 2.0}):
         got, expected = whole(ncp, **arguments, **options), ncp_dpo_loss(ncp, **arguments, **options)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
 
