@@ -91,7 +91,7 @@ class FrozenEncoder:
             self._pass.token.pop()
         except IndexError:
             raise RuntimeError("ncp must be used once at a time: another call of it has not returned yet") from None
-        # Of modules of other code one pass of each size runs to its end, to see if a layer gets samples by pieces.
+        # Of modules of other code one pass of each size runs to its end, to see if a layer gets samples in pieces.
         unseen = not torch.compiler.is_compiling() and not self._of_diffusers and latents.shape not in self._sizes_seen
         self._pass.kept, self._pass.runs_on, self._pass.called_again = kept, unseen, ""
         try:
