@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     kept = report.Kept(args.out / "alignment.partial.json", args.resume)
-    args.space, args.max_grad_norm = "perceptual", math.inf
+    args.max_grad_norm = math.inf
     if args.tiny:
         args.seeds, args.steps, args.batch, args.pairs, args.held_out = 1, 1, 2, 10, 10
     judge, rows = Judge(), list[dict[str, Any]]()

@@ -42,7 +42,6 @@ from ncp_loss import (
     dpo_loss,
     frozen_view,
     preference_metrics,
-    relative_beta,
 )
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#e07b39", "#8a8f98"
@@ -66,9 +65,52 @@ def preference_pairs(unet: UNet2DConditionModel, judge: Judge, seeds: range) -> 
     return labels[decided], torch.where(better, first, second)[decided], torch.where(better, second, first)[decided]
 
 
+class Batch(NamedTuple):
+    """Noised winners, then their losers; both members of a pair share the noise and the timestep."""
+
+    noisy: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    states: Tensor
+
+
+def random_batch(pairs: tuple[Tensor, Tensor, Tensor], count: int) -> Batch:
+    """`count` of the pairs, each with noise and a timestep of its own."""
+    labels, winners, losers = pairs
+    scheduler = new_scheduler()
+    rows = torch.randint(len(labels), (count,))
+    clean = torch.cat([winners[rows], losers[rows]])
+    noise = torch.randn_like(winners[rows]).repeat(2, 1, 1, 1)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,)).repeat(2)
+    return Batch(scheduler.add_noise(clean, noise, timesteps), noise, timesteps, condition(labels[rows].repeat(2)))
+
+
+def predicted(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
+    return unet(batch.noisy, batch.timesteps, batch.states).sample
+
+
+def errors_of(
+    ncp: NoiseConditionedPerceptualLoss | None, batch: Batch, prediction: Tensor, ref_prediction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The errors of both predictions, each (2P,): of features, or without `ncp` of latents."""
+    if ncp is None:
+        error, ref_error = ((p - batch.noise).square().mean((1, 2, 3)) for p in (prediction, ref_prediction))
+        return error, ref_error
+    inputs = prediction, batch.noise, batch.noisy, batch.timesteps, batch.states
+    return ncp.errors(*inputs, ref_pred=ref_prediction, pairs=True)
+
+
+@torch.no_grad()
+def mean_error(ncp: NoiseConditionedPerceptualLoss | None, unet: UNet2DConditionModel, batches: list[Batch]) -> float:
+    """Of a model over some batches. It depends on the model, the layer and the step, and beta must fit it."""
+    predictions = [predicted(unet, batch) for batch in batches]
+    errors = [errors_of(ncp, batch, p, p)[0] for batch, p in zip(batches, predictions, strict=True)]
+    return torch.cat(errors).mean().item()
+
+
 def align(
     unet: UNet2DConditionModel,
-    ncp: NoiseConditionedPerceptualLoss,
+    ncp: NoiseConditionedPerceptualLoss | None,
     pairs: tuple[Tensor, Tensor, Tensor],
     args: argparse.Namespace,
     evaluate: Callable[[int], None],
@@ -78,35 +120,24 @@ def align(
     Returns:
         Between one evaluation and the next, the mean of beta * margin by range of timesteps.
     """
-    labels, winners, losers = pairs
-    scheduler = new_scheduler()
     parameters = add_lora(unet)
     reference = frozen_view(unet)  # the base model: the same weights, without the adapters
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)
+
+    beta = args.beta
+    if beta is None:
+        beta = args.kappa / mean_error(ncp, reference, [random_batch(pairs, args.batch) for _ in range(8)])
 
     seen: list[tuple[Tensor, Tensor]] = []  # margins and timesteps of pairs since the last evaluation
     margins_by_timestep = []
     progress = trange(1, args.steps + 1, desc="aligning")
     for step in progress:
-        rows = torch.randint(len(labels), (args.batch,))
-        # Winners first, then their losers; both members of a pair get the same noise and the same timestep.
-        clean = torch.cat([winners[rows], losers[rows]])
-        noise = torch.randn_like(winners[rows]).repeat(2, 1, 1, 1)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (args.batch,)).repeat(2)
-        states = condition(labels[rows].repeat(2))
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-
-        prediction = unet(noisy, timesteps, states).sample
+        batch = random_batch(pairs, args.batch)
         with torch.no_grad():
-            ref_prediction = reference(noisy, timesteps, states).sample
-        if args.space == "perceptual":
-            inputs = prediction, noise, noisy, timesteps, states
-            error, ref_error = ncp.errors(*inputs, ref_pred=ref_prediction, pairs=True)
-        else:
-            error, ref_error = ((p - noise).square().mean((1, 2, 3)) for p in (prediction, ref_prediction))
+            ref_prediction = predicted(reference, batch)
+        error, ref_error = errors_of(ncp, batch, predicted(unet, batch), ref_prediction)
         (chosen, rejected), (ref_chosen, ref_rejected) = error.chunk(2), ref_error.chunk(2)
         # `ncp_dpo_loss` takes the predictions and does all this in one call; here the margins are drawn too.
-        beta = relative_beta(ref_chosen, ref_rejected, args.kappa) if args.beta is None else args.beta
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
         margins = beta * ((rejected - ref_rejected) - (chosen - ref_chosen)).detach()
 
@@ -114,7 +145,7 @@ def align(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        seen.append((margins, timesteps.chunk(2)[0]))
+        seen.append((margins, batch.timesteps.chunk(2)[0]))
         metrics = preference_metrics(loss, chosen, rejected, (ref_chosen, ref_rejected), beta)
         progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{metrics['rewards/accuracies'].item():.0%}")
         if step == args.steps or step % math.ceil(args.steps / 4) == 0:
@@ -210,14 +241,14 @@ def main() -> None:
     parser.add_argument(
         "--space", choices=("perceptual", "latent"), default="perceptual", help="where errors are measured"
     )
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--pairs", type=int, default=300, help="pairs sampled; the judge decides about half of them")
     parser.add_argument("--batch", type=int, default=16, help="pairs per step")
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument(
-        "--kappa", type=float, default=2.0, help="each pair's beta is kappa over the reference's error on it"
+        "--kappa", type=float, default=2.0, help="beta is kappa over the reference's mean error, measured at the start"
     )
-    scale.add_argument("--beta", type=float, help="one number for all pairs")
+    scale.add_argument("--beta", type=float, help="beta itself")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--held-out", type=int, default=200, help="samples to compare on, two or more a digit")
@@ -248,7 +279,9 @@ def main() -> None:
         curve[step] = Verdict(images, *judge(images, held_out))
 
     evaluate(0)
-    ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=new_scheduler())
+    ncp = None
+    if args.space == "perceptual":
+        ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=new_scheduler(), step="clean")
     margins = align(unet, ncp, pairs, args, evaluate)
     base, aligned, real = curve[0], curve[args.steps], diversity(*real_digits()[1])
     share, low, high = win_rate(base, aligned)
