@@ -90,6 +90,8 @@ KAPPAS = [arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {
 OBJECTIVES = [
     Arm("latent CPO", errors="latent", objective="cpo", anchor=PAPERS_ANCHOR),
     Arm("NCP-CPO", objective="cpo", anchor=PAPERS_ANCHOR),
+    Arm("NCP-CPO, step clean", objective="cpo", anchor=PAPERS_ANCHOR, step="clean"),
+    Arm("latent CPO, times B² of step clean", errors="latent B2", objective="cpo", anchor=PAPERS_ANCHOR, step="clean"),
     Arm("latent SFT", errors="latent", objective="sft"),
     Arm("NCP-SFT", objective="sft"),
     *_both("DPO, anchor", anchor=0.5, beds=("emoji",)),
@@ -122,7 +124,10 @@ def rivals(name: str) -> list[str]:
         twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
         names += ["latent DPO, beta per pair", "latent DPO, tuned beta per pair"]  # the cheapest of the good ones
-        names += [a.name for a in ARMS if a.name == name.replace("NCP-", "latent ")]  # the same with latent errors
+        names += [TUNED_CLEAN[0].name]  # the fastest
+        # The same with latent errors, and the same with step 1.
+        alike = name.replace("NCP-", "latent "), name.removesuffix(", step clean")
+        names += [other.name for other in ARMS if other.name in alike]
         weighted = ("latent B2", arm.step, arm.objective, arm.data)
         names += [a.name for a in ARMS if (a.errors, a.step, a.objective, a.data) == weighted]
     elif arm in ON_CAPTIONS:
