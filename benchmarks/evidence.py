@@ -89,10 +89,11 @@ class Study:
         return found[:2] if arms == MAIN else [arm for arm in found if arm.inherits == "NCP-DPO"][:1]
 
     def settings(self, arm: Arm) -> tuple[float, float]:
-        """Learning rate and kappa: tuned, or those of the arm that it inherits from."""
+        """Learning rate and kappa: given, those of the arm that it inherits from, or tuned."""
+        if arm.lr is not None and arm.kappa is not None:
+            return arm.lr, arm.kappa
         if arm.inherits:
-            lr, kappa = self.tuned[arm.inherits]
-            return lr, kappa if arm.kappa is None else arm.kappa
+            return self.tuned[arm.inherits]
         if arm.name not in self.tuned:
             self.tuned[arm.name] = self.tune(arm)
         return self.tuned[arm.name]

@@ -24,7 +24,7 @@ Bed = Digits | Emoji
 
 
 class Arm(NamedTuple):
-    """One way to train. Without `inherits` its rate and kappa are tuned."""
+    """One way to train. Its rate and kappa are tuned, or inherited, or given."""
 
     name: str
     inherits: str = ""
@@ -35,7 +35,8 @@ class Arm(NamedTuple):
     step: int | str = 1
     weighting: str | None = None
     normalize: bool = False
-    kappa: float | None = None  # in place of the inherited one
+    lr: float | None = None  # in place of tuning, with kappa
+    kappa: float | None = None
     anchor: float = 0.0  # over DPO's own slope on the winner
     decay: float = 1.0  # of a moving reference; 1: it stays
     data: str = "pairs"
@@ -86,7 +87,31 @@ TUNED_CLEAN = [
     Arm("NCP-DPO, step clean, tuned", step="clean"),
     Arm("latent DPO, times B² of step clean, tuned", errors="latent B2", step="clean"),
 ]
-KAPPAS = [arm for kappa in (1.0, 3.0, 8.0, 25.0) for arm in _both(f"DPO, kappa {kappa:.0f}", kappa=kappa)]
+METHODS = [  # that are compared at the same rate and kappa
+    *MAIN[:3],
+    *(arm._replace(name=arm.name.removesuffix(", tuned")) for arm in reversed(TUNED_CLEAN)),
+    Arm("latent DPO, beta per pair", errors="latent", objective="relative"),
+    Arm("NCP-DPO, beta per pair", objective="relative"),
+    Arm("NCP-DPO, step clean, beta per pair", step="clean", objective="relative"),
+]
+SAME_RATE, SAME_KAPPAS = 1e-3, {"emoji": (3.0, 1.0, 8.0), "digits": (1.0,)}
+
+
+def at_same(method: str, kappa: float) -> str:
+    """The name of the arm that has a method at a kappa and at the rate that all share."""
+    return f"{method}, at kappa {kappa:.0f}"
+
+
+SAME_SETTINGS = [
+    arm._replace(
+        name=at_same(arm.name, kappa),
+        lr=SAME_RATE,
+        kappa=kappa,
+        beds=tuple(bed for bed, kappas in SAME_KAPPAS.items() if kappa in kappas),
+    )
+    for kappa in SAME_KAPPAS["emoji"]
+    for arm in METHODS
+]
 OBJECTIVES = [
     Arm("latent CPO", errors="latent", objective="cpo", anchor=PAPERS_ANCHOR),
     Arm("NCP-CPO", objective="cpo", anchor=PAPERS_ANCHOR),
@@ -108,19 +133,21 @@ BY_DATA = [
     for data in ("all", "winners", "all, flipped", "winners, flipped")
     for arm in _both(f"DPO, {data}", data=data, beds=("digits",))
 ]
-ARMS = [*MAIN, *SETTINGS, *TUNED_PER_PAIR, *TUNED_CLEAN, *OBJECTIVES, *ON_CAPTIONS, *BY_DATA, *KAPPAS]
+ARMS = [*MAIN, *SETTINGS, *TUNED_PER_PAIR, *TUNED_CLEAN, *OBJECTIVES, *ON_CAPTIONS, *BY_DATA, *SAME_SETTINGS]
 
 
 def same_training(one: Arm, other: Arm) -> bool:
     """Whether two arms differ in nothing but their names, testbeds and where their rate and kappa come from."""
-    blank: dict[str, Any] = {"name": "", "inherits": "", "kappa": None, "beds": ()}
+    blank: dict[str, Any] = {"name": "", "inherits": "", "lr": None, "kappa": None, "beds": ()}
     return one._replace(**blank) == other._replace(**blank)
 
 
 def rivals(name: str) -> list[str]:
     """The arms that one is compared with, seed by seed, on the same data. That which it is most like comes first."""
     arm = next(arm for arm in ARMS if arm.name == name)
-    if arm.data == "pairs":
+    if arm in SAME_SETTINGS:
+        names = [other.name for other in SAME_SETTINGS if other.kappa == arm.kappa]
+    elif arm.data == "pairs":
         twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
         names += ["latent DPO, beta per pair", "latent DPO, tuned beta per pair"]  # the cheapest of the good ones
