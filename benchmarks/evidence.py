@@ -1,9 +1,10 @@
 """Does alignment on perceptual errors learn better, where, and with which settings? See PROTOCOL.md.
 
 Tunes the arms that have a grid, trains every arm on fresh seeds, and writes evidence-TESTBED.json after each run, with
-all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run) and three pictures: the
-curves of the arms in `COLORS`, each arm against its nearest rival, and samples of the first, whose strips are kept in a
-folder beside them. With `--resume` a study goes on with the runs that its JSON holds.
+all runs in it. At the end it writes evidence-TESTBED.csv (a row for each point of each run) and four pictures: curves
+of the methods in `COLORS` and differences of all methods, both at the same settings; each arm against its nearest
+rival; and samples, whose strips are kept in a folder beside them. With `--resume` a study goes on with the runs that
+its JSON holds.
 """
 
 from __future__ import annotations
@@ -23,23 +24,41 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from benchmarks import report
-from benchmarks.evidence_arms import ARMS, MAIN, Arm, Bed, rivals, same_training, trained
+from benchmarks.evidence_arms import (
+    ARMS,
+    MAIN,
+    METHODS,
+    SAME_KAPPAS,
+    SAME_RATE,
+    SAME_SETTINGS,
+    Arm,
+    Bed,
+    at_same,
+    rivals,
+    same_training,
+    trained,
+)
 from benchmarks.evidence_beds import BEDS, Measures, Start
 
 KAPPAS = 1.0, 3.0, 8.0
 TUNING, REPEATED = (100, 101), 2
 FRESH = (10, 11, 12, 13, 14)
 DAMAGED = 0.10  # that much less of the samples match than of the base model's
-COLORS = {  # of the methods whose curves and samples are drawn
-    **dict(zip((arm.name for arm in MAIN), (report.GREY, report.BLUE, report.ORANGE, report.RED), strict=True)),
+SHOWN = [*(arm.name for arm in MAIN), "latent DPO, beta per pair", "NCP-DPO, step clean"]  # whose samples are drawn
+COLORS = {  # of the methods whose curves are drawn, all at the same settings
+    "latent DPO": report.GREY,
     "latent DPO, beta per pair": report.BLACK,
+    "latent DPO, times B² of step clean": report.ORANGE,
+    "NCP-DPO": report.BLUE,
+    "NCP-DPO, beta per pair": report.RED,
     "NCP-DPO, step clean": report.GREEN,
 }
-MEASURES = "undamaged reward", "mean reward", "reward at equal FLOPs", "reward at kept diversity"
+MEASURES = "undamaged reward", "mean reward", "reward at kept diversity"  # of a run
 KEPT_DIVERSITY = 0.6  # of the base model's
 LEVEL, LEAST = 0.03, 0.02  # within what arms are level, and the least difference that counts
 VERDICTS = {"better": report.GREEN, "worse": report.RED, "level": report.BLUE, "not known": report.GREY}
 Record = dict[str, Any]
+Seeds = dict[int, list[Record]]  # runs by seed
 Key = tuple[str, str, int, float, float]  # phase, arm, seed, learning rate, kappa
 
 
@@ -136,7 +155,7 @@ class Study:
 
     def train(self, phase: str, arm: Arm, seed: int, lr: float, kappa: float) -> Record:
         start: Start = self.start(seed, arm.data)
-        shown = phase == "comparison" and seed == self.fresh[0] and arm.name in COLORS
+        shown = phase == "comparison" and seed == self.fresh[0] and arm.name in SHOWN
         keep = (lambda measures: self.show(arm.name, measures)) if shown else (lambda measures: None)
         before = self.before(seed, arm.data)
         if shown:
@@ -155,7 +174,7 @@ class Study:
 
     def sheet(self, path: Path) -> None:
         """The same requests and noise in every row."""
-        strips = {name: self.strip(name) for name in ("base model", *COLORS)}
+        strips = {name: self.strip(name) for name in ("base model", *SHOWN)}
         found = {name: plt.imread(strip) for name, strip in strips.items() if strip.is_file()}
         figure, axes = report.new_figure(rows=len(found), width=11, height=0.45 * len(found))
         for axis, (name, image) in zip(axes, found.items(), strict=True):
@@ -169,7 +188,12 @@ class Study:
     def write(self) -> None:
         settings = {name: dict(zip(("lr", "kappa"), found, strict=True)) for name, found in self.tuned.items()}
         runs = list(self.runs.values())
-        content = {"tuned": settings, "summary": summary(runs), "runs": runs}
+        content = {
+            "tuned": settings,
+            "summary": summary(runs),
+            "at the same settings": at_the_same_settings(runs, self.args.testbed),
+            "runs": runs,
+        }
         seconds = time.perf_counter() - self.begun
         report.write_json(self.path, report.record(self.args.device, seconds) | content)
 
@@ -184,6 +208,8 @@ class Study:
         report.write_csv(self.args.out / f"{self.name}.csv", rows)
         draw(self.args.out / f"{self.name}.png", runs, self.args.testbed)
         draw_arms(self.args.out / f"{self.name}-arms.png", summary(runs), self.args.testbed)
+        same = at_the_same_settings(runs, self.args.testbed)
+        draw_same(self.args.out / f"{self.name}-same.png", same, self.args.testbed)
         self.sheet(self.args.out / f"{self.name}-samples.png")
         shown = [f"{name}{end}" for name in MEASURES for end in ("", " ±")]
         found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(runs)]
@@ -224,23 +250,62 @@ def ranked(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def summary(runs: list[Record]) -> list[Record]:
     """A row for each arm: means over the fresh seeds with 95% intervals, and paired differences to the arm's rivals."""
-    compared = [run for run in runs if run["phase"] == "comparison"]
-    limit = min((run["points"][-1]["step"] * run["FLOPs a step"] for run in compared), default=0)
-    by_arm: dict[str, dict[int, tuple[float, ...]]] = {}
-    for record in compared:
-        scores = *score(record), at_equal_cost(record, limit), at_kept_diversity(record)
-        by_arm.setdefault(record["arm"], {})[record["seed"]] = scores
+    by_arm: dict[str, Seeds] = {}
+    for run in runs:
+        if run["phase"] == "comparison":
+            by_arm.setdefault(run["arm"], {})[run["seed"]] = [run]
+    return compared(by_arm, rivals)
+
+
+def at_the_same_settings(runs: list[Record], testbed: str) -> list[Record]:
+    """The methods at one learning rate and the same kappas, all against all; of a seed the mean over the kappas."""
+    found = {(run["arm"], run["seed"]): run for run in runs if run["phase"] == "comparison"}
+    methods: dict[str, Seeds] = {}
+    for method in (arm.name for arm in METHODS):
+        for seed in FRESH:
+            of = [found.get((at_same(method, kappa), seed)) for kappa in SAME_KAPPAS[testbed]]
+            if None not in of:
+                methods.setdefault(method, {})[seed] = of
+    return compared(methods, lambda method: [other for other in methods if other != method])
+
+
+def compared(found: dict[str, Seeds], others: Callable[[str], list[str]]) -> list[Record]:
+    """A row for each name: mean and interval of each measure, and of its differences to others, seed by seed."""
     rows = []
-    for arm, found in by_arm.items():
-        row: Record = {"arm": arm, "seeds": len(found)}
-        for index, name in enumerate(MEASURES):
-            row |= report.interval(name, [scores[index] for scores in found.values()])
-            for other in rivals(arm):
-                theirs = by_arm.get(other, {})
-                shared = [found[seed][index] - theirs[seed][index] for seed in found if seed in theirs]
-                row |= report.interval(f"{name} over {other}", shared)
+    for name, ours in found.items():
+        row: Record = {"arm": name, "seeds": len(ours)}
+        row |= over_seeds([means([measured(run) for run in of]) for of in ours.values()])
+        for other in others(name):
+            theirs = found.get(other, {})
+            shared = [zip(ours[seed], theirs[seed], strict=True) for seed in ours if seed in theirs]
+            row |= over_seeds([means([difference(*pair) for pair in of]) for of in shared], f" over {other}")
         rows.append(row)
     return rows
+
+
+def means(of: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.mean(values[name] for values in of) for name in of[0]}
+
+
+def over_seeds(of: list[dict[str, float]], end: str = "") -> Record:
+    """The mean of each measure over seeds, and half of its 95% interval."""
+    row: Record = {}
+    for name in of[0] if of else ():
+        row |= report.interval(f"{name}{end}", [values[name] for values in of])
+    return row
+
+
+def measured(run: Record) -> dict[str, float]:
+    """What a run is compared by."""
+    return dict(zip(MEASURES, (*score(run), at_kept_diversity(run)), strict=True))
+
+
+def difference(ours: Record, theirs: Record) -> dict[str, float]:
+    """Of two runs; at equal FLOPs up to where the cheaper one ends."""
+    mine, other = measured(ours), measured(theirs)
+    limit = min(run["points"][-1]["step"] * run["FLOPs a step"] for run in (ours, theirs))
+    at_equal = at_equal_cost(ours, limit) - at_equal_cost(theirs, limit)
+    return {name: mine[name] - other[name] for name in MEASURES} | {"reward at equal FLOPs": at_equal}
 
 
 def at_equal_cost(record: Record, limit: float) -> float:
@@ -281,10 +346,11 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
         "diversity": "diversity, over that of real images",
     }
     figure, axes = report.new_figure(columns=len(keys), width=9.5, height=3.8)
-    chosen = [run for run in runs if run["phase"] == "comparison" and run["arm"] in COLORS]
+    kappa = SAME_KAPPAS[testbed][0]
     for (key, label), axis in zip(keys.items(), axes, strict=True):
         for name, color in COLORS.items():
-            ours = [run["points"] for run in chosen if run["arm"] == name]
+            fresh = ("comparison", at_same(name, kappa))
+            ours = [run["points"] for run in runs if (run["phase"], run["arm"]) == fresh]
             for points in ours:
                 axis.plot(*_curve([points], key), color=color, lw=0.8, alpha=0.35)
             whole = [points for points in ours if len(points) == max(map(len, ours))]
@@ -299,27 +365,43 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
 
 
 def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
-    """The difference of each arm to its nearest rival: mean over seeds, 95% interval, and where arms count as level."""
+    """The difference of each arm to its nearest rival."""
+    apart = [row for row in rows if row["seeds"] > 1 and row["arm"] not in [arm.name for arm in SAME_SETTINGS]]
+    title = f"{testbed.capitalize()}: one method minus another, 95% intervals over seeds"
+    draw_differences(
+        path, [(row, other, f"{row['arm']} minus {other}") for row, other in against_nearest(apart)], title
+    )
+
+
+def draw_same(path: Path, rows: list[Record], testbed: str) -> None:
+    """The difference of each method to the first, at the same settings."""
+    found = [(row, rows[0]["arm"], row["arm"]) for row in rows[1:] if row["seeds"] > 1]
+    kappas = ", ".join(f"{kappa:g}" for kappa in sorted(SAME_KAPPAS[testbed]))
+    title = f"{testbed.capitalize()}: over latent DPO at the same rate ({SAME_RATE:g}) and kappa ({kappas})"
+    draw_differences(path, found, title)
+
+
+def draw_differences(path: Path, found: list[tuple[Record, str, str]], title: str) -> None:
+    """Of rows to others, each with its label: mean over seeds, 95% interval, and where they count as level."""
     titles = {"mean reward": "speed: mean reward\nover training", "undamaged reward": "best undamaged\nreward"}
-    found = against_nearest([row for row in rows if row["seeds"] > 1])
     figure, axes = report.new_figure(columns=len(titles), width=11, height=1.2 + 0.27 * len(found))
     places = range(len(found))
-    for (name, title), axis in zip(titles.items(), axes, strict=True):
+    for (name, meaning), axis in zip(titles.items(), axes, strict=True):
         axis.axvspan(-LEVEL, LEVEL, color=report.GREY, alpha=0.15, lw=0)
         axis.axvline(0, color=report.GREY, lw=1)
-        for place, (row, other) in enumerate(found):
+        for place, (row, other, _) in enumerate(found):
             mean, half = row[f"{name} over {other}"], row[f"{name} over {other} ±"]
             axis.errorbar(mean, place, xerr=half, fmt="o", ms=4, color=VERDICTS[verdict(mean, half)], elinewidth=1.5)
-        axis.set(ylim=(max(len(found), 1) - 0.5, -0.5), xlabel=title)
+        axis.set(ylim=(max(len(found), 1) - 0.5, -0.5), xlabel=meaning)
         axis.locator_params(axis="x", nbins=5)
-        axis.set_yticks(places, [f"{row['arm']} minus {other}" for row, other in found], fontsize=8)
+        axis.set_yticks(places, [label for *_, label in found], fontsize=8)
     for axis in axes[1:]:
         axis.tick_params(labelleft=False)
     axes[-1].legend(
         handles=[Line2D([], [], marker="o", color=color, label=name) for name, color in VERDICTS.items()],
         frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5),
     )  # fmt: skip
-    figure.suptitle(f"{testbed.capitalize()}: one method minus another, 95% intervals over seeds", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     report.save_figure(path, figure)
 
 

@@ -148,15 +148,16 @@ def rivals(name: str) -> list[str]:
     if arm in SAME_SETTINGS:
         names = [other.name for other in SAME_SETTINGS if other.kappa == arm.kappa]
     elif arm.data == "pairs":
-        twins = [a.name for a in ARMS if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
+        others = [a for a in ARMS if a not in SAME_SETTINGS]
+        twins = [a.name for a in others if (a.errors, a.objective, a.inherits) == ("latent", arm.objective, "")]
         names = [arm.inherits, "NCP-DPO" if arm.encoder != "base" else "", *twins, *(other.name for other in MAIN[:3])]
         names += ["latent DPO, beta per pair", "latent DPO, tuned beta per pair"]  # the cheapest of the good ones
         names += [TUNED_CLEAN[0].name]  # the fastest
         # The same with latent errors, and the same with step 1.
         alike = name.replace("NCP-", "latent "), name.removesuffix(", step clean")
-        names += [other.name for other in ARMS if other.name in alike]
+        names += [a.name for a in others if a.name in alike]
         weighted = ("latent B2", arm.step, arm.objective, arm.data)
-        names += [a.name for a in ARMS if (a.errors, a.step, a.objective, a.data) == weighted]
+        names += [a.name for a in others if (a.errors, a.step, a.objective, a.data) == weighted]
     elif arm in ON_CAPTIONS:
         names = [other.name for other in ON_CAPTIONS[:3]]
     else:

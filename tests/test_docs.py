@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.compute import COMPUTES
 from benchmarks.evidence import FRESH, against_nearest, verdict
-from benchmarks.evidence_arms import ARMS, MAIN, OBJECTIVES, TUNED_CLEAN, TUNED_PER_PAIR
+from benchmarks.evidence_arms import ARMS, MAIN, METHODS, OBJECTIVES, SAME_SETTINGS, TUNED_CLEAN, TUNED_PER_PAIR
 from benchmarks.healthy import CASES
 from benchmarks.networks import NETWORKS
 
@@ -161,8 +161,9 @@ def test_the_page_on_beta_shows_the_committed_figures_and_a_relative_beta_is_ahe
         assert min(relative) > max(others)
 
 
-SETTLED = ("mean reward", "reward at equal FLOPs", "undamaged reward")
-MEASURED = {"emoji": SETTLED, "digits": (*SETTLED, "reward at kept diversity")}
+OF_AN_ARM = ("mean reward", "undamaged reward")
+OF_TWO = ("mean reward", "reward at equal FLOPs", "undamaged reward")
+MORE = {"emoji": (), "digits": ("reward at kept diversity",)}
 # What the page compares: a label, an arm and its rival.
 LATENT, NCP, TIMES_B2, RANDOM = (arm.name for arm in MAIN)
 PER_PAIR, NCP_PER_PAIR, CLEAN_PER_PAIR = (arm.name for arm in TUNED_PER_PAIR)
@@ -192,29 +193,50 @@ LAST = [LATENT, NCP, f"{LATENT}, beta per pair", PER_PAIR, f"{NCP}, step clean",
 LAST += [arm.name for arm in OBJECTIVES]
 
 
+# What it compares at the same rate and kappa: a method and its rival.
+TIMES_B2_CLEAN, NCP_CLEAN = f"{LATENT}, times B² of step clean", f"{NCP}, step clean"
+SAME = [(arm.name, LATENT) for arm in METHODS[1:]]
+SAME += [(NCP, TIMES_B2), (NCP_CLEAN, TIMES_B2_CLEAN), (NCP_CLEAN, f"{LATENT}, beta per pair")]
+SAME += [(f"{name}, beta per pair", f"{LATENT}, beta per pair") for name in (NCP, NCP_CLEAN)]
+SAME += [(NCP_CLEAN, f"{NCP_CLEAN}, beta per pair"), (TIMES_B2_CLEAN, f"{LATENT}, beta per pair")]
+
+
+def averages(of: dict, measures: tuple[str, ...]) -> str:
+    return " | ".join(f"{of[name]:.3f} ± {of[f'{name} ±']:.3f}" for name in measures)
+
+
 def differences(of: dict, other: str, measures: tuple[str, ...]) -> str:
     found = [(of[f"{name} over {other}"], of[f"{name} over {other} ±"]) for name in measures]
     return " | ".join(f"{mean:+.3f} ± {half:.3f}, {verdict(mean, half)}" for mean, half in found)
 
 
+def same_rows(testbed: str) -> list[str]:
+    """The methods at the same rate and kappa, and one over another."""
+    more, study = MORE[testbed], result(f"evidence-{testbed}")
+    found = {of["arm"]: of for of in study["at the same settings"] if of["seeds"] == len(FRESH)}
+    rows = [f"| {name} | {averages(of, OF_AN_ARM + more)} |" for name, of in found.items()]
+    compared = [(name, rival) for name, rival in SAME if {name, rival} <= found.keys()]
+    cells = ((name, rival, differences(found[name], rival, OF_TWO + more)) for name, rival in compared)
+    return rows + [f"| {name} | {rival} | {shown} |" for name, rival, shown in cells]
+
+
 def main_rows(testbed: str) -> list[str]:
     """The tuned arms, and what one with DPO is over another."""
-    study, measures, rows = result(f"evidence-{testbed}"), MEASURED[testbed], []
+    study, more, rows = result(f"evidence-{testbed}"), MORE[testbed], []
     found = {of["arm"]: of for of in study["summary"] if of["seeds"] == len(FRESH)}
-    for name in (arm.name for arm in ARMS if not arm.inherits and arm.name in found):
-        settings = "{lr:g}, {kappa:g}".format(**study["tuned"][name])
-        cells = (f"{found[name][measure]:.3f} ± {found[name][f'{measure} ±']:.3f}" for measure in measures)
-        rows.append(f"| {name} | {settings} | {' | '.join(cells)} |")
+    for name in (arm.name for arm in ARMS if arm.name in study["tuned"] and arm.name in found):
+        settings = "{lr:g} | {kappa:g}".format(**study["tuned"][name])
+        rows.append(f"| {name} | {settings} | {averages(found[name], OF_AN_ARM + more)} |")
     compared = [(label, found[name], rival) for label, name, rival in COMPARED if {name, rival} <= found.keys()]
-    return rows + [f"| {label} | {differences(of, rival, measures)} |" for label, of, rival in compared]
+    return rows + [f"| {label} | {differences(of, rival, OF_TWO + more)} |" for label, of, rival in compared]
 
 
 def setting_rows(testbed: str) -> list[str]:
     """All other arms, each against the one that it is most like."""
     whole = [of for of in result(f"evidence-{testbed}")["summary"] if of["seeds"] == len(FRESH)]
-    main = [arm.name for arm in [*MAIN, *TUNED_PER_PAIR, *TUNED_CLEAN]]
+    main = [arm.name for arm in [*MAIN, *TUNED_PER_PAIR, *TUNED_CLEAN, *SAME_SETTINGS]]
     found = [(of, nearest) for of, nearest in against_nearest(whole) if of["arm"] not in main]
-    return [f"| {of['arm']} | {nearest} | {differences(of, nearest, SETTLED)} |" for of, nearest in found]
+    return [f"| {of['arm']} | {nearest} | {differences(of, nearest, OF_TWO)} |" for of, nearest in found]
 
 
 def last_rows(testbed: str) -> list[str]:
@@ -231,8 +253,9 @@ def last_rows(testbed: str) -> list[str]:
 
 @pytest.mark.parametrize("testbed", ["digits", "emoji"])
 def test_the_page_on_evidence_shows_the_committed_figures_of_whole_arms(testbed):
-    page = (ROOT / "docs" / "evidence.md").read_text()
-    assert [row for row in main_rows(testbed) + setting_rows(testbed) + last_rows(testbed) if row not in page] == []
+    page = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("evidence", "evidence-tables"))
+    rows = same_rows(testbed) + main_rows(testbed) + setting_rows(testbed) + last_rows(testbed)
+    assert [row for row in rows if row not in page] == []
     flops = {run["arm"]: run["FLOPs a step"] for run in result(f"evidence-{testbed}")["runs"]}
     assert f"{flops['NCP-DPO'] / flops['latent DPO']:.2f} times the FLOPs" in page
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,12 @@ from benchmarks.emoji_judges import STEEP, Judges, accuracy, edges, kernel_dista
 from benchmarks.evidence_arms import (
     ARMS,
     MAIN,
+    METHODS,
+    SAME_RATE,
+    SAME_SETTINGS,
     Arm,
     Run,
+    at_same,
     drawn,
     encoder_of,
     errors_of,
@@ -134,7 +139,9 @@ def test_a_generator_without_a_checkpoint_goes_on_from_its_saved_weights(tmp_pat
 
 # Of arms that differ only in what they inherit one is enough; an early encoder is not to be had for digits.
 UNLIKE = {
-    arm._replace(name="", inherits="", kappa=None, data="", beds=()): arm for arm in ARMS if arm.encoder != "early"
+    arm._replace(name="", inherits="", lr=None, kappa=None, data="", beds=()): arm
+    for arm in ARMS
+    if arm.encoder != "early"
 }
 DEFAULT = Arm("")
 ALSO = [  # a slow test does the arms that only pass another option to the loss
@@ -284,7 +291,7 @@ def test_decided_pairs_leave_ties_out_and_winners_lost_to_no_other():
 def test_every_arm_has_a_name_of_its_own_and_inherits_from_one_that_runs_before():
     names = [arm.name for arm in ARMS]
     assert len(set(names)) == len(names)
-    tuned = {arm.name for arm in ARMS if not arm.inherits}
+    tuned = {arm.name for arm in ARMS if not arm.inherits and arm.lr is None}
     for arm in ARMS:
         assert not arm.inherits or arm.inherits in tuned & {main.name for main in MAIN}
 
@@ -303,20 +310,53 @@ def test_an_arm_is_compared_with_arms_on_the_same_data_with_its_nearest_first():
     assert "latent DPO, beta per pair" in rivals("NCP-DPO, beta per pair")
     assert rivals("NCP-DPO, mid_block")[0] == "NCP-DPO"
     weighted = "latent DPO, times B² of step clean"
-    assert rivals("NCP-DPO, step clean")[-2:] == [weighted, f"{weighted}, tuned"]
-    assert rivals("NCP-DPO, step clean, tuned")[-2:] == [weighted, f"{weighted}, tuned"]
-    assert rivals("latent DPO, kappa 8")[0] == "latent DPO"
+    for name in ("NCP-DPO, step clean", "NCP-DPO, step clean, tuned"):
+        assert {weighted, f"{weighted}, tuned"} <= set(rivals(name))
+    assert rivals("NCP-DPO, at kappa 8")[0] == "latent DPO, at kappa 8"
     assert rivals("NCP-DPO, caption pairs")[0] == "latent DPO, caption pairs"
     assert rivals("NCP-DPO, winners, flipped")[0] == "NCP-DPO, all, flipped"
 
 
-def test_only_arms_with_another_kappa_or_a_tuned_one_train_as_another_arm_does_where_that_has_it_too():
+def test_arms_that_train_alike_differ_in_where_their_rate_and_kappa_come_from():
     for arm in ARMS:
         twins = {other.name for other in ARMS if same_training(arm, other)} - {arm.name}
-        main = "latent DPO" if arm.errors == "latent" else "NCP-DPO"
-        assert (main in twins) == (", kappa " in arm.name), arm.name
-        retuned = {name.replace(" tuned", "").removesuffix(",") for name in {arm.name, *twins}}
-        assert twins == set() or ", kappa " in arm.name or arm.name == main or len(retuned) == 1
+        bare = {re.sub(r", at kappa \d|,? tuned", "", name).rstrip(",") for name in {arm.name, *twins}}
+        assert len({name.replace(", beta", " beta") for name in bare}) == 1, arm.name
+
+
+def test_methods_at_the_same_settings_differ_in_nothing_else():
+    for kappa in evidence.SAME_KAPPAS["emoji"]:
+        arms = [arm for arm in SAME_SETTINGS if arm.kappa == kappa]
+        assert [arm.name for arm in arms] == [at_same(method.name, kappa) for method in METHODS]
+        assert {arm.lr for arm in arms} == {SAME_RATE}
+        assert len({arm._replace(name="") for arm in arms}) == len(arms)
+        alike = {arm._replace(name="", errors="", objective="", step=1) for arm in arms}
+        assert len(alike) == 1
+
+
+def test_at_the_same_settings_a_seeds_figure_is_the_mean_over_its_kappas():
+    def record(name, seed, reward):
+        alike = {"match": 0.9, "diversity": 1.0}
+        points = [{"step": 0, "reward": 0.5, **alike}, {"step": 10, "reward": reward, **alike}]
+        run = {"phase": "comparison", "arm": name, "seed": seed, "points": points, "finite": True}
+        return run | {"FLOPs a step": 3 if name.startswith("NCP") else 2}
+
+    rewards = {"latent DPO": 0.6, "NCP-DPO": 0.7}
+    runs = [
+        record(at_same(method, kappa), seed, reward + kappa / 100 + seed / 1000)
+        for method, reward in rewards.items()
+        for kappa in evidence.SAME_KAPPAS["emoji"]
+        for seed in evidence.FRESH
+    ]
+    latent, ncp = evidence.at_the_same_settings(runs, "emoji")
+    assert latent["mean reward"] == pytest.approx(0.6 + 0.04 + 0.012)
+    assert ncp["mean reward over latent DPO"] == pytest.approx(0.1)
+    # The dearer is read at two thirds of its steps: a curve from 0.5 to r has the mean (0.5 + r) / 2 over its range.
+    end, theirs = 0.752, 0.652
+    at_equal = (0.5 + 0.5 + (end - 0.5) * 2 / 3) / 2 - (0.5 + theirs) / 2
+    assert ncp["reward at equal FLOPs over latent DPO"] == pytest.approx(at_equal)
+    assert len(evidence.at_the_same_settings(runs[:-1], "emoji")[1]) == len(ncp)
+    assert evidence.at_the_same_settings(runs[:-1], "emoji")[1]["seeds"] == len(evidence.FRESH) - 1
 
 
 @pytest.mark.slow
@@ -333,7 +373,7 @@ def test_an_interrupted_study_goes_on_with_what_it_has(tmp_path, testbed, monkey
     for run in first["runs"]:
         assert [point["step"] for point in run["points"]] == [0, 1, 2] if run["phase"] == "comparison" else [0, 2]
         assert run["FLOPs a step"] > 1e6
-    for end in ("", "-arms", "-samples"):
+    for end in ("", "-arms", "-same", "-samples"):
         assert (tmp_path / f"evidence-{testbed}{end}.png").read_bytes().startswith(b"\x89PNG")
     kept = tmp_path / f"evidence-{testbed}.json"
     kept.write_text(json.dumps(first | {"runs": first["runs"][:-1]}))
