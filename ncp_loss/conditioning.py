@@ -88,13 +88,14 @@ def prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, 
     """Conditioning as the encoder takes it: detached, with floats in ``dtype``, in new containers.
 
     The text follows the model's dtype, and so does what has the latents' dtype or is no wider than the model's. Class
-    labels or rotary tables that the trainer keeps wider stay as they are. Ids, sizes and a number for each sample, such
-    as a second time, are never narrowed, since bf16 cannot hold a number such as 1021.
+    labels or rotary tables that the trainer keeps wider stay as they are. Ids, sizes, and a number for each sample or
+    for all, such as a second time, are never narrowed, since bf16 cannot hold a number such as 1021.
     """
     again = partial(prepared, dtype=dtype, trainer_dtype=trainer_dtype, batch=batch)
     if isinstance(value, dict | UserDict):
-        new = copy.copy(value)  # of its own class, which may have attributes
-        new.update({key: again(item, name=str(key)) for key, item in value.items()})
+        new = copy.copy(value)  # of its own class, which may have attributes; some have no `update`
+        for key, item in value.items():
+            new[key] = again(item, name=str(key))
         return new
     if isinstance(value, Mapping):
         return {key: again(item, name=str(key)) for key, item in value.items()}
@@ -105,7 +106,8 @@ def prepared(value: Any, dtype: torch.dtype | None, trainer_dtype: torch.dtype, 
         return value
     value = value.detach()
     if dtype is not None and value.is_floating_point() and not name.endswith("ids"):
-        number = name.rstrip("s").endswith(_NUMBERS) or value.shape == (batch,)
+        one_a_sample = value.ndim == 0 or len(value) == value.numel() == batch
+        number = name.rstrip("s").endswith(_NUMBERS) or one_a_sample
         wide = value.dtype == trainer_dtype and not number
         follows = name == "encoder_hidden_states" or wide or value.itemsize <= dtype.itemsize
         value = value.to(dtype) if follows else value

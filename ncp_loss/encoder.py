@@ -51,7 +51,7 @@ class FrozenEncoder:
     _feature_dtype_of: torch.dtype | None = None
     _product_dtype: torch.dtype | None = None
     _product_dtype_of: torch.dtype | None = None
-    _reached = False  # whether a pass without gradients has shown that the features depend on the latents
+    _reached = False  # whether a graph has shown that the features depend on the latents
 
     def __init__(
         self, model: nn.Module, layers: Layers, *, checkpoint: bool = False, call: Callable[..., Any] | None = None
@@ -136,9 +136,15 @@ class FrozenEncoder:
             return encode(latents) if is_exporting() else linearized(encode, latents)[0]
         if self._reached or torch.is_inference_mode_enabled():
             return encode(latents)
-        graph, _ = linearized(encode, latents, keep=False)
+        return self.linearized(encode, latents, keep=False)[0]
+
+    def linearized(self, encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Features, PullBack]:
+        """As :func:`linearized`, which the first time follows the graph back to the latents."""
+        if torch.compiler.is_compiling():  # a compiler would compile again when the attribute changes
+            return linearized(encode, latents)
+        found = linearized(encode, latents, keep, follow=not self._reached)
         self._reached = True
-        return {layer: f.detach() for layer, f in graph.items()}
+        return found
 
     def check_apart(self, graph: Features, pull_back: PullBack) -> None:
         """Refuse features of a sample that depend on other samples. Backward passes in the first training step show it.
@@ -286,7 +292,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
-def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Features, PullBack]:
+def linearized(encode: Encode, latents: Tensor, keep: bool = True, follow: bool = False) -> tuple[Features, PullBack]:
     """The features at ``latents``, and a function from a cotangent of the features to that of the latents.
 
     A call of the function frees the encoder's activations, unless ``retain_graph`` is set. Without ``keep`` they are
@@ -300,7 +306,8 @@ def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Feat
     nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: 0, lambda _: latents)
     with torch.enable_grad(), contextlib.nullcontext() if keep else nothing:
         leaf = latents.detach().requires_grad_()
-        graph = _dependent(encode, leaf.view_as(leaf))  # torch's FLOP counter hooks a module's inputs, but no leaf
+        # torch's FLOP counter hooks a module's inputs, but no leaf.
+        graph = _dependent(encode, leaf.view_as(leaf), follow)
 
     def pull_back(cotangents: Features, retain_graph: bool = False) -> Tensor:
         # The casts of the forward pass have derivatives of their own. With autocast on, the backward pass would round
@@ -313,10 +320,23 @@ def linearized(encode: Encode, latents: Tensor, keep: bool = True) -> tuple[Feat
     return {layer: f.detach() for layer, f in graph.items()}, pull_back
 
 
-def _dependent(encode: Encode, latents: Tensor) -> Features:
-    """The features. Where gradients are recorded, ``requires_grad`` shows whether the latents reach them."""
+def _dependent(encode: Encode, latents: Tensor, follow: bool = False) -> Features:
+    """The features. Where gradients are recorded, ``requires_grad`` shows whether the latents reach them.
+
+    So it does where something else does that trains, as text may; ``follow`` tells these apart.
+    """
     features = encode(latents)
     for layer, f in features.items():
-        if not f.requires_grad:
+        if not f.requires_grad or (follow and not _leads_to(latents.grad_fn, f.grad_fn)):
             raise bad("layer", "a module whose output depends on the latents", f"{layer!r}, whose output does not")
     return features
+
+
+def _leads_to(goal: Any, node: Any) -> bool:
+    """Whether the graph of ``node`` has ``goal`` in it."""
+    seen, open_nodes = set(), [node]
+    while open_nodes:
+        if (node := open_nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            open_nodes += [behind for behind, _ in node.next_functions]
+    return goal in seen

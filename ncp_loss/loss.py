@@ -22,7 +22,7 @@ from .checks import (
     expand_timesteps,
 )
 from .difference import DIFFERENCES, choose, stencil
-from .encoder import FrozenEncoder, linearized
+from .encoder import FrozenEncoder
 from .error import Errors, attach, check_reverse_mode, feature_errors
 from .layers import Layers
 from .objectives import REDUCTIONS, reduce_batch
@@ -181,10 +181,11 @@ class NoiseConditionedPerceptualLoss(nn.Module):
     ) -> Errors:
         """Per-sample errors of the model and, evaluated at the same points, of a reference model.
 
-        The margin ``ref_error - error`` is exact to its own digits, however alike the two predictions are. The gradient
-        of ``error`` is computed here, so nothing of the encoder is kept for the trainer's backward pass. The encoder is
-        called once for each point, with exactly the conditioning that is given. It runs in eval mode, and must draw no
-        random numbers. The features of a sample must depend on this sample alone.
+        The margin ``ref_error - error`` is computed without cancellation. What is left is the rounding of the two
+        returned numbers, 1e-7 of the error in float32. The gradient of ``error`` is computed here, so nothing of the
+        encoder is kept for the trainer's backward pass. The encoder is called once for each point, with exactly the
+        conditioning that is given. It runs in eval mode, and must draw no random numbers. The features of a sample must
+        depend on this sample alone.
 
         Args:
             model_pred: the model's prediction, (B, C, H, W). Gradients flow through it alone.
@@ -267,7 +268,7 @@ class NoiseConditionedPerceptualLoss(nn.Module):
         features = [] if at_point else [encode(first) if trains else self._encoder.checked_features(encode, first)]
         features += [encode(x) for x in others]
         if trains:
-            graph, pull_back = linearized(encode, points.gradient_point)
+            graph, pull_back = self._encoder.linearized(encode, points.gradient_point)
             self._encoder.check_apart(graph, pull_back)
             features = [graph, *features] if at_point else features
         # The features may show another dtype than the weights. Then the estimator was the wrong one: start again.

@@ -27,12 +27,16 @@ class _Weight:
     kind: Any = None  # device and dtype
     state: Any = None  # version and address; None before the first call, and in a copy
     sums: Tensor | None = None  # weighted sums of its rows at the first call
+    last: Tensor | None = None  # the same when last looked at
     coarsest: float = 0.0  # the rounding of the coarsest dtype that it has had
-    rewritten: bool = False  # whether something keeps writing the same values, so that its version means nothing
+    exact: bool = False  # whether rounding, as of a merge that was undone, would explain no difference now
+    writes: int = 0  # calls in a row before which the same values were written
+    rewritten: bool = False  # whether something keeps doing that, so that its version means nothing
 
     def forget(self) -> None:
-        """Have the values compared at the next call, if they can be."""
-        self.state = self.state if self.sums is None else None
+        """Have the values compared at the next call, if they can be, since another layer holds them now."""
+        if self.sums is not None:
+            self.state, self.exact = None, True
 
 
 class Watch:
@@ -115,7 +119,9 @@ class Watch:
         now = weight.home.get(weight.key)
         if now is None or now.requires_grad:
             raise self._changed(weight.path, "was removed" if now is None else "became trainable")
-        return now is not weight.tensor or _state(now, weight.rewritten) != weight.state
+        differs = now is not weight.tensor or _state(now, weight.rewritten) != weight.state
+        weight.writes = weight.writes if differs else 0
+        return differs
 
     def _recheck(self, link: Link, layers: tuple[nn.Module, ...]) -> None:
         """Have the weights' values compared, since other layers wrap them now, and note which are rewritten."""
@@ -136,14 +142,17 @@ class Watch:
             raise self._changed(weight.path, "was sharded over processes")
         # Nothing was kept before the first call. In a copy the state is lost, but the sums are not.
         first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
-        weight.coarsest = max(weight.coarsest, torch.finfo(now.dtype).eps / 2 if now.is_floating_point() else 0, 1e-6)
-        if not first and not _same(weight, now):
+        sums, kind = _row_sums(now), (now.device, now.dtype)
+        weight.coarsest = max(weight.coarsest, _rounding(now.dtype))
+        if not first and not _same(weight, sums, kind):
             hint = "" if is_parameter else " (where the model's own forward does that, hand over copy.deepcopy(model))"
             raise self._changed(weight.path, "was changed" + hint)
         if not first and now is weight.tensor and not is_parameter:
-            weight.rewritten = True  # as DDP writes the first process's buffers into the others' at every step
-        weight.sums = _row_sums(now) if weight.sums is None else weight.sums
-        weight.tensor, weight.kind, weight.state = now, (now.device, now.dtype), _state(now, weight.rewritten)
+            weight.writes += 1
+            weight.rewritten |= weight.writes > 2  # as DDP writes the first process's buffers at every step
+        weight.sums, weight.last = sums if weight.sums is None else weight.sums, sums
+        weight.tensor, weight.kind, weight.exact = now, kind, False
+        weight.state = _state(now, weight.rewritten)
 
     def _check_layers(self) -> None:
         """Check again what construction checked, since something has changed."""
@@ -233,26 +242,42 @@ def _same_objects(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 @torch.no_grad()
 def _row_sums(tensor: Tensor) -> Tensor | None:
-    """Weighted sums of a tensor's rows, in float32 or better, on its device; None if it has no values.
+    """Weighted sums of a tensor's rows and its norm, in float32 or better, on its device; None if it has no values.
 
     They take about a thousandth of the tensor's memory, and computing them does not make the host wait. Equal weights
-    would not tell columns that change places.
+    would not tell columns that change places. The norm is the scale of rounding where the sums happen to be small.
     """
     if not _has_values(tensor):
         return None
     sums = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=tensor.ndim < 2)
     if tensor.ndim > 1:
         rows = sums.flatten(1)
-        sums = (rows * torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype).cos()).sum(1)
+        places = torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype)
+        sums = torch.cat([(rows * places.cos()).sum(1), rows.norm().view(1)])
     return sums if _has_values(sums) else None
 
 
+def _rounding(dtype: torch.dtype) -> float:
+    """What rounding to a dtype may change of a value, relative to it; the checksums' own rounding at least."""
+    return max(torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0, 1e-6)
+
+
 @torch.no_grad()
-def _same(weight: _Weight, now: Tensor) -> bool:
-    """Whether the values are those of the first call, but for rounding to a dtype. The host waits for the answer."""
-    then, sums = weight.sums, _row_sums(now)
-    if then is None or sums is None:
+def _same(weight: _Weight, sums: Tensor | None, kind: tuple[torch.device, torch.dtype]) -> bool:
+    """Whether the values are those of the last look, but for rounding. The host waits for the answer.
+
+    Rounding happens in a cast, and where a merge was undone. A merge whose adapter was unloaded differs by no more in
+    half precision, and so no rounding is allowed for once the layers around a weight have changed.
+    """
+    if weight.sums is None or weight.last is None or sums is None:
         # There are no values to compare. A move or a cast explains the change; without one the tensor was written to.
-        return bool(weight.kind != (now.device, now.dtype))
+        return bool(weight.kind != kind)
+    cast = kind[1] != weight.kind[1]
+    lately = max(_rounding(kind[1]), _rounding(weight.kind[1])) if cast or not weight.exact else 1e-6
+    near = [_near(sums, weight.last, lately), _near(sums, weight.sums, weight.coarsest)]  # roundings add up
+    return bool(near[0] & near[1])
+
+
+def _near(sums: Tensor, then: Tensor, share: float) -> Tensor:
     then = then.to(sums)
-    return then.shape == sums.shape and bool((sums - then).norm() <= weight.coarsest * then.norm())
+    return (sums - then).norm() <= share * then.norm() if then.shape == sums.shape else torch.tensor(False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import collections.abc
 import copy
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from diffusers.utils import BaseOutput
 from families import of_diffusers
 from models import batch, encoder_of, sd15, small
 from peft import LoraConfig, get_peft_model
@@ -395,6 +398,14 @@ class Attributes(dict):
     __getattr__ = dict.__getitem__
 
 
+@dataclasses.dataclass
+class Shifted(BaseOutput):
+    """Refuses `update`, as all outputs of diffusers' and transformers' models do."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
 class Film(Net):
     def forward(self, x: Tensor, timestep: Tensor, cond: Any = None) -> Tensor:
         scale, shift = cond if isinstance(cond, Pair) else (cond["scale"], cond["shift"])
@@ -408,6 +419,7 @@ CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "dict with attributes": lambda scale, shift: Attributes(scale=scale, shift=shift),
     "UserDict": lambda scale, shift: collections.UserDict(scale=scale, shift=shift),
     "defaultdict": lambda scale, shift: collections.defaultdict(Tensor, scale=scale, shift=shift),
+    "diffusers' output": lambda scale, shift: Shifted(scale=scale, shift=shift),
 }
 
 
@@ -420,7 +432,7 @@ def test_containers_of_conditioning_keep_their_class_and_the_users_are_not_writt
     t = torch.tensor([300] * 4)
     found = NCP(model, "c").features(x, t, cond=cond)["c"]
     assert torch.equal(found, model(x, t, cond))
-    assert (cond[0] if isinstance(cond, tuple) else cond["scale"]) is scale
+    assert (cond[0] if isinstance(cond, Pair) else cond["scale"]) is scale
 
 
 class Stored(collections.abc.MutableMapping):
@@ -442,6 +454,48 @@ def test_a_mapping_of_ones_own_is_not_written_to() -> None:
     NCP(made(Film).bfloat16(), "c").features(inputs(4, 8)[2].float(), torch.tensor([300] * 4), cond=cond)
     assert cond["scale"] is scale
     assert cond["shift"] is scale
+
+
+class Textual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Any = None) -> Tensor:
+        return self.c((self.a(x) + self.text(text)[..., None, None]).sin())
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["", "trains"])
+@pytest.mark.parametrize("layer", ["text", ["c", "text"]], ids=str)
+@pytest.mark.parametrize("text_trains", [False, True], ids=["", "text trains"])
+def test_a_layer_that_latents_never_reach_is_refused_though_something_else_in_it_trains(
+    layer: Any, trains: bool, text_trains: bool
+) -> None:
+    model, text = made(Textual), torch.ones(2, 8, dtype=torch.float64, requires_grad=text_trains)
+    ncp = NCP(model, layer, call=lambda model, x, t: model(x, t, text))
+    prediction, target, x = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^layer must be a module whose output depends on the latents; .*'text'"):
+            ncp.errors(prediction.requires_grad_(trains), target, x, torch.tensor([300, 300]))
+    assert (
+        NCP(model, "c", call=lambda model, x, t: model(x, t, text))(prediction, target, x, torch.tensor([300, 300])) > 0
+    )
+
+
+class SecondTime(Net):
+    def forward(self, x: Tensor, timestep: Tensor, r: Any = None) -> Tensor:
+        wave = (r.float() / 10).sin().to(x.dtype)
+        return self.c((self.a(x) + wave.reshape(-1, 1, 1, 1)).sin())
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 1, 1), ()], ids=str)
+def test_a_number_for_each_sample_or_for_all_is_not_rounded(shape: tuple[int, ...]) -> None:
+    model = made(SecondTime).bfloat16()
+    x, t = inputs(4, 8)[2].float(), torch.tensor([300] * 4)
+    r = torch.tensor([1021.0, 733.0, 1021.0, 733.0][: math.prod(shape)]).view(shape)
+    found = NCP(model, "c").features(x, t, r=r)["c"]
+    assert torch.equal(found, model(x.bfloat16(), t, r))
+    assert not torch.equal(found, model(x.bfloat16(), t, r.bfloat16()))
 
 
 class Camera(Net):

@@ -122,6 +122,40 @@ def test_a_base_that_is_no_longer_the_base_is_told_at_the_next_call_and_every_on
 
 
 @BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("cast", [False, True], ids=["", "after a call in bf16"])
+@pytest.mark.parametrize("added", ["before", "between"])
+def test_a_merge_below_the_rounding_of_the_weights_is_told_once_its_adapter_is_gone(
+    added: str, cast: bool, dtype: torch.dtype, make: Any, use: Any
+) -> None:
+    unet = small(dtype)
+    if added == "before":
+        add_lora(unet)
+    made = make(unet)
+    use(made, batch(unet))
+    if cast:
+        use(made, batch(unet.to(torch.bfloat16)))
+        unet.to(dtype)
+        use(made, batch(unet))
+    if added == "between":
+        add_lora(unet)
+    before = copy.deepcopy({name: p for name, p in unet.named_parameters() if "lora" not in name})
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1e-4)
+    unet.fuse_lora()
+    unet.unload_lora()
+    after = dict(unet.named_parameters())
+    moved = {name: after[name.replace(".base_layer", "")] - p for name, p in before.items()}
+    share = max(((d.float().norm() / before[name].float().norm()).item() for name, d in moved.items()))
+    assert 0 < share < 1e-3  # an adapter's usual size
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="was changed"):
+            use(made, batch(unet))
+
+
+@BOTH
 def test_a_lycoris_network_that_is_merged_is_told(make: Any, use: Any) -> None:
     unet = small(torch.float32)
     arguments = batch(unet)
@@ -377,19 +411,34 @@ def test_buffers_that_training_updates_stay_the_base_models_in_the_view(add: Any
     assert not torch.equal(truth(use, model, arguments), expected)
 
 
-def test_a_buffer_that_is_written_to_with_the_same_values_is_looked_at_once() -> None:
+def test_a_buffer_that_is_written_to_before_every_call_is_looked_at_three_times() -> None:
     """DDP writes the first process's buffers into the others' at every step."""
     unet = small()
     unet.conv_in.register_buffer("positions", torch.arange(3.0))
     arguments = batch(unet)
     ncp = NCP(unet)
     counts = []
-    for _ in range(4):
+    for _ in range(6):
         with Reads() as reads:
             use_loss(ncp, arguments)
         counts.append(reads.count)
         unet.conv_in.positions.copy_(torch.arange(3.0))
-    assert counts == [0, 1, 0, 0]
+    assert counts == [0, 1, 1, 1, 0, 0]
+
+
+@BOTH
+def test_a_buffer_that_was_loaded_again_is_still_watched(make: Any, use: Any) -> None:
+    unet = small()
+    unet.conv_in.register_buffer("positions", torch.arange(1.0, 4.0))
+    arguments = batch(unet)
+    made = make(unet)
+    use(made, arguments)
+    for _ in range(4):  # as accelerate's load_state does; calls between them change nothing
+        unet.load_state_dict(copy.deepcopy(unet.state_dict()))
+        use(made, arguments), use(made, arguments)
+    unet.conv_in.positions *= 3
+    with pytest.raises(RuntimeError, match=r"conv_in.positions was changed"):
+        use(made, arguments)
 
 
 def test_a_buffer_that_a_forward_of_ones_own_updates_is_named_with_the_way_out() -> None:
