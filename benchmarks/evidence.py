@@ -54,6 +54,11 @@ COLORS = {  # of the methods whose curves are drawn, all at the same settings
     "NCP-DPO, step clean": report.GREEN,
 }
 MEASURES = "undamaged reward", "mean reward", "reward at kept diversity"  # of a run
+TITLES = {  # in pictures
+    "mean reward": "speed: mean reward\nover training",
+    "undamaged reward": "highest reward\nbefore damage",
+    "reward at kept diversity": "reward at\nkept diversity",
+}
 KEPT_DIVERSITY = 0.6  # of the base model's
 LEVEL, LEAST = 0.03, 0.02  # within what arms are level, and the least difference that counts
 VERDICTS = {"better": report.GREEN, "worse": report.RED, "level": report.BLUE, "not known": report.GREY}
@@ -360,14 +365,17 @@ def draw(path: Path, runs: list[Record], testbed: str) -> None:
     axes[0].set_xlim(0)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{testbed.capitalize()}: thick lines are means over seeds, thin ones the seeds", fontsize=10)
+    settings = f"learning rate {SAME_RATE:g}, kappa {kappa:g}"
+    figure.suptitle(
+        f"{testbed.capitalize()}, {settings}: thick lines are means over seeds, thin ones the seeds", fontsize=10
+    )
     report.save_figure(path, figure)
 
 
 def draw_arms(path: Path, rows: list[Record], testbed: str) -> None:
     """The difference of each arm to its nearest rival."""
     apart = [row for row in rows if row["seeds"] > 1 and row["arm"] not in [arm.name for arm in SAME_SETTINGS]]
-    title = f"{testbed.capitalize()}: one method minus another, 95% intervals over seeds"
+    title = f"{testbed.capitalize()}: one method minus another, each at its own settings; 95% intervals over seeds"
     draw_differences(
         path, [(row, other, f"{row['arm']} minus {other}") for row, other in against_nearest(apart)], title
     )
@@ -378,15 +386,14 @@ def draw_same(path: Path, rows: list[Record], testbed: str) -> None:
     found = [(row, rows[0]["arm"], row["arm"]) for row in rows[1:] if row["seeds"] > 1]
     kappas = ", ".join(f"{kappa:g}" for kappa in sorted(SAME_KAPPAS[testbed]))
     title = f"{testbed.capitalize()}: over latent DPO at the same rate ({SAME_RATE:g}) and kappa ({kappas})"
-    draw_differences(path, found, title)
+    draw_differences(path, found, title, panels=3 if testbed == "digits" else 2)
 
 
-def draw_differences(path: Path, found: list[tuple[Record, str, str]], title: str) -> None:
+def draw_differences(path: Path, found: list[tuple[Record, str, str]], title: str, panels: int = 2) -> None:
     """Of rows to others, each with its label: mean over seeds, 95% interval, and where they count as level."""
-    titles = {"mean reward": "speed: mean reward\nover training", "undamaged reward": "best undamaged\nreward"}
-    figure, axes = report.new_figure(columns=len(titles), width=11, height=1.2 + 0.27 * len(found))
+    figure, axes = report.new_figure(columns=panels, width=11, height=1.2 + 0.27 * len(found))
     places = range(len(found))
-    for (name, meaning), axis in zip(titles.items(), axes, strict=True):
+    for (name, meaning), axis in zip(list(TITLES.items())[:panels], axes, strict=True):
         axis.axvspan(-LEVEL, LEVEL, color=report.GREY, alpha=0.15, lw=0)
         axis.axvline(0, color=report.GREY, lw=1)
         for place, (row, other, _) in enumerate(found):

@@ -35,7 +35,7 @@ def main() -> None:
     # 2. Adapters, a reference and the loss; neither of the last two holds a weight of its own.
     optimizer = torch.optim.AdamW(add_lora(unet), lr=3e-4)
     reference = frozen_view(unet)
-    ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=scheduler)
+    ncp = NoiseConditionedPerceptualLoss(unet, layer="down_blocks", schedule=scheduler, step="clean")
 
     held_out = torch.arange(args.held_out) % CLASSES
     held_out_noise = seeded_noise(range(1_000_000, 1_000_000 + args.held_out))

@@ -69,6 +69,8 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
     add("--loss_space", default="perceptual", choices=["latent", "perceptual", "both"],
         help="what errors are measured on: predictions, the frozen encoder's features, or both, added")  # fmt: skip
     add("--layer", help="where in the denoiser features are taken; a module's path")
+    add("--step", type=length, default=1,
+        help='the length of the reverse step before features are compared, or "clean", to its end')  # fmt: skip
     add("--weighting", choices=["none", "noise"],
         help="of perceptual errors: the paper's, or the scale of latent ones (default for both)")  # fmt: skip
     if lora:
@@ -92,6 +94,11 @@ def new_parser(doc: str, *, pairs: bool = True, lora: bool = True, **defaults: A
     return parser
 
 
+def length(given: str) -> int | str:
+    """Of the reverse step."""
+    return given if given == "clean" else int(given)
+
+
 def parse(parser: Parser, parts: list[str]) -> argparse.Namespace:
     """The arguments, or a refusal in one line, before any model is loaded.
 
@@ -107,6 +114,8 @@ def parse(parser: Parser, parts: list[str]) -> argparse.Namespace:
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             parser.refuse(f"--{name}", "a positive number", value)
+    if args.step != "clean" and args.step < 1:
+        parser.refuse("--step", "a positive whole number or 'clean'", args.step)
     for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"):
         if not getattr(args, name) >= 0:
             parser.refuse(f"--{name}", "a number, not negative", getattr(args, name))

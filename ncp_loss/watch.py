@@ -89,11 +89,10 @@ class Watch:
         if self.layer_replaced:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
             for weight in self._weights():
                 weight.forget()
-        looked = [weight for weight in self._weights() if self._differs(weight)]
+        if looked := [weight for weight in self._weights() if self._differs(weight)]:
+            self._check_layers()  # before anything is noted, so that it raises at the next call too
         for weight in looked:
             self._compare(weight)
-        if looked:
-            self._check_layers()
         self.layer_replaced = False
 
     def _check_there(self, link: Link, now: nn.Module | None) -> None:
@@ -159,12 +158,12 @@ class Watch:
         for link in self._links:
             if link.layers:
                 check_base(link.layers[-1], link.path, self.name)
-        first: _Weight | None = None
+        first: tuple[str, torch.device] | None = None
         for weight in self._weights():
-            if isinstance(weight.tensor, nn.Parameter):
-                first = first or weight
-                if weight.tensor.device != first.tensor.device:
-                    a, b = (f"{w.path} on {w.tensor.device}" for w in (first, weight))
+            if isinstance(now := weight.home[weight.key], nn.Parameter):
+                first = first or (weight.path, now.device)
+                if now.device != first[1]:
+                    a, b = (f"{path} on {device}" for path, device in (first, (weight.path, now.device)))
                     raise bad(self.name, "on one device, not offloaded in part", f"{a}, {b}")
 
     def _changed(self, path: str, what: str) -> RuntimeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -258,6 +259,24 @@ def test_the_page_on_evidence_shows_the_committed_figures_of_whole_arms(testbed)
     assert [row for row in rows if row not in page] == []
     flops = {run["arm"]: run["FLOPs a step"] for run in result(f"evidence-{testbed}")["runs"]}
     assert f"{flops['NCP-DPO'] / flops['latent DPO']:.2f} times the FLOPs" in page
+
+
+def test_every_difference_with_an_interval_that_a_page_speaks_of_is_one_of_the_studys():
+    rows = [
+        row
+        for testbed in ("digits", "emoji")
+        for table in ("summary", "at the same settings")
+        for row in result(f"evidence-{testbed}")[table]
+    ]
+    keys = [(row, key) for row in rows for key in row if " over " in key and not key.endswith("±")]
+    known = {f"{row[key]:+.3f} ± {row[f'{key} ±']:.3f}" for row, key in keys if row[f"{key} ±"] is not None}
+    shown = {
+        (page.name, found)
+        for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for found in re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", page.read_text().replace("\n", " "))
+    }
+    assert len(shown) > 100
+    assert {found for found in shown if found[1] not in known} == set()
 
 
 def healthy_rows() -> list[str]:

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from pipelines import digit, save_pairs, save_sd, save_sd3, save_sdxl
 from programs import ROOT, called, started
@@ -282,6 +283,15 @@ def test_a_model_that_predicts_velocity_trains_from_the_base_models_loss(made, t
     assert np.isfinite(logged(tmp_path)["loss"]).all()
 
 
+@pytest.mark.parametrize("step", [1, 10, "clean"])
+def test_the_loss_takes_the_step_that_is_asked_for(made, step):
+    parser = training.new_parser("", pairs=True, learning_rate=1.0, layer="down_blocks")
+    options = [] if step == 1 else ["--step", str(step)]
+    args = parser.parse_args(["--pretrained_model_name_or_path", "none", *options])
+    ncp = training.new_ncp(UNet2DConditionModel.from_pretrained(made.sd, subfolder="unet"), args, None)
+    assert ncp.step == step
+
+
 def test_half_precision_and_checkpointing_start_from_the_reference_too(made, tmp_path):
     half = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", 1]
     call("train_dpo_lora_sdxl", made.sdxl, tmp_path, "--train_data_dir", made.pairs, *half)
@@ -481,6 +491,8 @@ def test_what_is_not_an_image_or_a_caption_is_refused(refused, tmp_path):
         (["--train_batch_size", "0"], "--train_batch_size must be a positive number; it was 0"),
         (["--beta_dpo", "-1"], "--beta_dpo must be a positive number; it was -1.0"),
         (["--kappa", "2", "--beta_dpo", "500"], "argument --beta_dpo: not allowed with argument --kappa"),
+        (["--step", "0"], "--step must be a positive whole number or 'clean'; it was 0"),
+        (["--step", "noisy"], "argument --step: invalid length value: 'noisy'"),
         (["--kappa", "0"], "--kappa must be a positive number; it was 0.0"),
         (["--resume_from_checkpoint", "elsewhere"], "--resume_from_checkpoint must be 'latest' or a folder named"),
         (["--loss_space", "pixels"], "invalid choice: 'pixels'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -9,6 +10,7 @@ import pickle
 import re
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +86,29 @@ def other_storage(unet: nn.Module) -> None:
     weight.data = 1.5 * weight.data
 
 
+def fewer_rows(unet: nn.Module) -> None:
+    weight = unet.get_parameter(f"{CONV1}.weight")
+    weight.data = weight.data[:-1].clone()
+
+
+def more_rows(unet: nn.Module) -> None:
+    weight = unet.get_parameter(f"{CONV1}.weight")
+    weight.data = torch.cat([weight.data, weight.data])
+
+
+def merged_under_an_adapter(unet: nn.Module) -> None:
+    """As LyCORIS merges: it restores a layer's forward, and writes through ``.data``, which counts no version."""
+    base = unet.get_submodule(CONV1).base_layer
+    base.forward = base.forward
+    base.weight.data.add_(0.1)
+
+
+def offloaded_under_an_adapter(unet: nn.Module) -> None:
+    base = unet.get_submodule(CONV1).base_layer
+    base._hf_hook = SimpleNamespace(offload=True)
+    base.weight.data = base.weight.data.clone()
+
+
 CHANGES: dict[str, tuple[Build, Callable[[nn.Module], Any], str]] = {
     "loaded": (same, lambda unet: unet.load_state_dict(small(seed=1).state_dict()), "conv_in.weight was changed"),
     "assigned": (
@@ -96,6 +121,10 @@ CHANGES: dict[str, tuple[Build, Callable[[nn.Module], Any], str]] = {
     "trained": (same, stepped, f"{CONV1}.weight was changed"),
     "columns in another order": (same, columns_turned, f"{CONV1}.weight was changed"),
     "given other storage": (same, other_storage, f"{CONV1}.weight was changed"),
+    "given fewer rows": (same, fewer_rows, f"{CONV1}.weight was changed"),
+    "given more rows": (same, more_rows, f"{CONV1}.weight was changed"),
+    "merged under an adapter": (unsettled, merged_under_an_adapter, "weight was changed"),
+    "offloaded under an adapter": (unsettled, offloaded_under_an_adapter, "is offloaded by accelerate"),
     "removed": (same, lambda unet: delattr(unet.conv_in, "weight"), "conv_in.weight was removed"),
     "fused": (unsettled, lambda unet: unet.fuse_lora(), "must have no merged adapter"),
     "fused and unloaded": (same, fused_and_unloaded, "was changed"),
@@ -119,6 +148,20 @@ def test_a_base_that_is_no_longer_the_base_is_told_at_the_next_call_and_every_on
     for _ in range(2):
         with pytest.raises((RuntimeError, ValueError), match="^(unet|model).*" + re.escape(message)):
             use(made, arguments)
+
+
+@BOTH
+@pytest.mark.parametrize(("share", "told"), [(0.75, False), (1.5, True)])
+def test_a_change_counts_where_it_is_larger_than_a_rounding(share: float, told: bool, make: Any, use: Any) -> None:
+    unet = small(torch.bfloat16)
+    made = make(unet)
+    use(made, batch(unet))
+    weight = unet.get_parameter(f"{CONV1}.weight")
+    exactly = weight.data.float() * (1 + share * torch.finfo(torch.bfloat16).eps / 2)
+    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) - 0.5  # rounds half of it up
+    weight.data = (exactly * (1 + noise * torch.finfo(torch.bfloat16).eps)).bfloat16()
+    with pytest.raises(RuntimeError, match="was changed") if told else contextlib.nullcontext():
+        use(made, batch(unet))
 
 
 @BOTH
