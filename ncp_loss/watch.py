@@ -33,6 +33,12 @@ class _Weight:
     writes: int = 0  # calls in a row before which the same values were written
     rewritten: bool = False  # whether something keeps doing that, so that its version means nothing
 
+    @property
+    def now(self) -> Tensor:
+        tensor = self.home[self.key]
+        assert tensor is not None  # see Watch._differs
+        return tensor
+
     def forget(self) -> None:
         """Have the values compared at the next call, if they can be, since another layer holds them now."""
         if self.sums is not None:
@@ -89,7 +95,11 @@ class Watch:
         if self.layer_replaced:  # a layer was replaced, perhaps for an adapter that was added, merged and removed again
             for weight in self._weights():
                 weight.forget()
-        if looked := [weight for weight in self._weights() if self._differs(weight)]:
+        looked = [weight for weight in self._weights() if self._differs(weight)]
+        for weight in looked:
+            if is_sharded(weight.now):
+                raise self._changed(weight.path, "was sharded over processes")
+        if looked:
             self._check_layers()  # before anything is noted, so that it raises at the next call too
         for weight in looked:
             self._compare(weight)
@@ -135,10 +145,7 @@ class Watch:
 
     def _compare(self, weight: _Weight) -> None:
         """Compare the values of a weight with those at the first call, and remember its state as it is now."""
-        now = weight.home[weight.key]
-        assert now is not None
-        if is_sharded(now):
-            raise self._changed(weight.path, "was sharded over processes")
+        now = weight.now
         # Nothing was kept before the first call. In a copy the state is lost, but the sums are not.
         first, is_parameter = weight.sums is None and weight.state is None, isinstance(now, nn.Parameter)
         sums, kind = _row_sums(now), (now.device, now.dtype)
@@ -160,7 +167,7 @@ class Watch:
                 check_base(link.layers[-1], link.path, self.name)
         first: tuple[str, torch.device] | None = None
         for weight in self._weights():
-            if isinstance(now := weight.home[weight.key], nn.Parameter):
+            if isinstance(now := weight.now, nn.Parameter):
                 first = first or (weight.path, now.device)
                 if now.device != first[1]:
                     a, b = (f"{path} on {device}" for path, device in (first, (weight.path, now.device)))

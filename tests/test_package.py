@@ -15,7 +15,7 @@ import pytest
 import ncp_loss
 
 PACKAGE = Path(ncp_loss.__file__).parent
-CODE_LINES = 2170  # a budget; CONTRIBUTING.md says it too
+CODE_LINES = 2175  # a budget; CONTRIBUTING.md says it too
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 IMPORT = """
 import json, sys, time
