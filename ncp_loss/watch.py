@@ -156,7 +156,7 @@ class Watch:
         if not first and now is weight.tensor and not is_parameter:
             weight.writes += 1
             weight.rewritten |= weight.writes > 2  # as DDP writes the first process's buffers at every step
-        weight.sums, weight.last = sums if weight.sums is None else weight.sums, sums
+        weight.sums, weight.last = sums if weight.sums is None else weight.sums, weight.last if sums is None else sums
         weight.tensor, weight.kind, weight.exact = now, kind, False
         weight.state = _state(now, weight.rewritten)
 

@@ -151,6 +151,24 @@ def test_a_base_that_is_no_longer_the_base_is_told_at_the_next_call_and_every_on
 
 
 @BOTH
+def test_weights_that_come_back_from_meta_are_compared_with_what_they_were(make: Any, use: Any) -> None:
+    unet = small(torch.float32)
+    arguments = batch(unet)
+    made = make(unet)
+    expected = use(made, arguments)
+    kept, other = copy.deepcopy(unet.state_dict()), small(torch.float32, seed=1).state_dict()
+    for state in (kept, other):
+        unet.to("meta")
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+            use(made, arguments)
+        unet.to_empty(device="cpu").load_state_dict(state)
+        if state is kept:
+            assert torch.equal(use(made, arguments), expected)
+    with pytest.raises(RuntimeError, match="was changed"):
+        use(made, arguments)
+
+
+@BOTH
 @pytest.mark.parametrize(("share", "told"), [(0.75, False), (1.5, True)])
 def test_a_change_counts_where_it_is_larger_than_a_rounding(share: float, told: bool, make: Any, use: Any) -> None:
     unet = small(torch.bfloat16)
