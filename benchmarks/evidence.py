@@ -205,6 +205,7 @@ class Study:
     def finish(self) -> None:
         self.write()
         runs = list(self.runs.values())
+        arms, same = summary(runs), at_the_same_settings(runs, self.args.testbed)
         rows = [
             {**{key: run[key] for key in ("phase", "arm", "seed", "lr", "kappa", "finite")}, **point}
             for run in runs
@@ -212,12 +213,11 @@ class Study:
         ]
         report.write_csv(self.args.out / f"{self.name}.csv", rows)
         draw(self.args.out / f"{self.name}.png", runs, self.args.testbed)
-        draw_arms(self.args.out / f"{self.name}-arms.png", summary(runs), self.args.testbed)
-        same = at_the_same_settings(runs, self.args.testbed)
+        draw_arms(self.args.out / f"{self.name}-arms.png", arms, self.args.testbed)
         draw_same(self.args.out / f"{self.name}-same.png", same, self.args.testbed)
         self.sheet(self.args.out / f"{self.name}-samples.png")
         shown = [f"{name}{end}" for name in MEASURES for end in ("", " ±")]
-        found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in summary(runs)]
+        found = [{key: row[key] for key in ("arm", "seeds", *shown)} for row in arms]
         report.print_table(f"On {self.args.testbed}, fresh seeds", found, dict.fromkeys(shown, ".3f"))
 
 

@@ -232,8 +232,11 @@ def new_ncp(model: nn.Module, args: argparse.Namespace, schedule: Any) -> NoiseC
     if args.loss_space == "latent":
         return None
     weighting = args.weighting or ("noise" if args.loss_space == "both" else "none")
-    options = {"weighting": None if weighting == "none" else weighting, "checkpoint": args.gradient_checkpointing}
-    options["step"] = args.step
+    options = {
+        "weighting": None if weighting == "none" else weighting,
+        "checkpoint": args.gradient_checkpointing,
+        "step": args.step,
+    }
     if isinstance(schedule, FlowMatchEulerDiscreteScheduler):
         options["normalize"] = True
     layer = args.layer or f"transformer_blocks.{model.config.num_layers // 2 - 1}"
